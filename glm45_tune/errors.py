@@ -1,0 +1,33 @@
+"""The faults a user can cause, and the exit code each one ends with.
+
+Every message says where, what came, what is allowed and what to do. `cli.py` prints it alone, without a traceback.
+Our own bugs are `assert`s and stay tracebacks.
+"""
+
+
+class UserError(Exception):
+    """The user's input is wrong. Raised before ranks start wherever it can be known."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe or an override that cannot be used; lists every fault at once."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint directory that is missing, damaged, or of another model."""
+
+
+class DataError(UserError):
+    """Training data that cannot be used; names file and line."""
+
+
+class LayoutError(UserError):
+    """A parallel layout that does not fit the model or the number of ranks."""
+
+
+class VerificationError(Exception):
+    """Two things that must be equal are not. Says how many differ and names the first."""
+
+    exit_code = 3

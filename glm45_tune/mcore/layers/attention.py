@@ -1,0 +1,103 @@
+"""Self-attention over packed rows: documents are separated by cu_seqlens, never by a mask.
+
+Shapes: T tokens of a row (all documents), H query heads and G key/value heads of this tensor rank, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+
+from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
+from glm45_tune.mcore.layers.norm import RMSNorm
+
+
+def rotary_table(positions: torch.Tensor, head_size: int, percent: float, base: float) -> torch.Tensor:
+    """cos and sin of every token's position, fp32 [2, T, 1, rotary dims]; rotary dims = head_size · percent."""
+    dims = int(head_size * percent)
+    frequencies = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float, device=positions.device) / dims)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
+    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+
+
+def rotate(x_THD: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate the first dims of each head, half against half (GLM-4.5 and Llama order); the rest passes unchanged."""
+    cos, sin = table.to(x_THD.dtype)
+    turned, kept = x_THD.split((cos.shape[-1], x_THD.shape[-1] - cos.shape[-1]), dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-high, low), dim=-1) * sin, kept), dim=-1)
+
+
+def packed_attention(query_THD, key_TGD, value_TGD, bounds: list[int]) -> torch.Tensor:
+    """Causal attention inside each document; bounds are the documents' edges, 0 first and T last. Returns [T, H, D]."""
+    outputs = []
+    for first, last in zip(bounds, bounds[1:]):
+        q, k, v = (x[first:last].transpose(0, 1).unsqueeze(0) for x in (query_THD, key_TGD, value_TGD))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+class Attention(MegatronModule):
+    """GLM-4.5 attention in megatron's place for `self_attention`, with megatron's parameter names."""
+
+    def __init__(self, config, layer_number, pg_collection, name=None, **_):
+        super().__init__(config)
+        tp = pg_collection.tp.size()
+        self.head_size = config.kv_channels
+        self.num_groups = config.num_query_groups // tp
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        common = dict(config=config, skip_bias_add=False, is_expert=False, tp_group=pg_collection.tp)
+        query_size = config.num_attention_heads * self.head_size
+        self.linear_qkv = ColumnLinear(
+            config.hidden_size,
+            query_size + 2 * config.num_query_groups * self.head_size,
+            init_method=config.init_method,
+            bias=config.add_qkv_bias,
+            gather_output=False,
+            **common,
+        )
+        self.linear_proj = RowLinear(
+            query_size,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            **common,
+        )
+        norm = RMSNorm if config.qk_layernorm else _no_norm
+        self.q_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
+        self.k_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
+
+    def forward(self, hidden_states, rotary_pos_emb, packed_seq_params: PackedSeqParams, **_):
+        """[T (cut under sequence parallel), 1, hidden] → same. rotary_pos_emb: `rotary_table` of the whole row."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        # each group's rows lie together: its query heads, its key, its value
+        mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_size)
+        query, key, value = mixed.split((self.heads_per_group, 1, 1), dim=2)
+        query = query.reshape(query.shape[0], -1, self.head_size)
+        key, value = key.squeeze(2), value.squeeze(2)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        context = packed_attention(query, key, value, packed_seq_params.bounds)
+        return self.linear_proj(context.reshape(context.shape[0], 1, -1))
+
+
+def _no_norm(**_):
+    return None
+
+
+class PackedRow(PackedSeqParams):
+    """megatron's packed parameters with the document edges on the host too, so that no layer waits for the device."""
+
+    def __init__(self, bounds: list[int], device: torch.device):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+        longest = max(last - first for first, last in zip(bounds, bounds[1:]))
+        super().__init__(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        self.bounds = bounds

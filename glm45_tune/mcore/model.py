@@ -1,0 +1,219 @@
+"""GLM-4.5 as megatron's HybridModel: its configuration, its layers, and a forward that ends in per-token losses."""
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from glm45_tune.layout import Layout
+from glm45_tune.mcore.layers.attention import Attention, PackedRow, rotary_table
+from glm45_tune.mcore.layers.experts import GroupedExperts
+from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
+from glm45_tune.mcore.layers.norm import RMSNorm
+from glm45_tune.spec import ModelSpec
+
+# without Transformer Engine the norm is a module of its own; checkpoints keep the names its fused linears give it
+NORM_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a run chooses about the model; sizes come from the checkpoint. Names are megatron's."""
+
+    params_dtype: torch.dtype = torch.float32
+    with_mtp: bool = False
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: list[str] = field(default_factory=list)
+    moe_aux_loss_coeff: float = 0.0
+    moe_router_bias_update_rate: float = 0.0
+
+
+def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -> TransformerConfig:
+    """megatron's configuration of this model under this layout. One GPT layer is two hybrid layers."""
+    selective = options.recompute_granularity == "selective"
+    grouped = spec.moe_router_num_groups > 1
+    return TransformerConfig(
+        num_layers=2 * spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        kv_channels=spec.kv_channels,
+        qk_layernorm=spec.qk_layernorm,
+        add_bias_linear=False,
+        add_qkv_bias=spec.add_qkv_bias,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=spec.num_moe_experts,
+        moe_ffn_hidden_size=spec.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=spec.shared_ffn_hidden_size,
+        moe_router_topk=spec.moe_router_topk,
+        moe_router_num_groups=spec.moe_router_num_groups if grouped else None,
+        moe_router_group_topk=spec.moe_router_group_topk if grouped else None,
+        moe_router_topk_scaling_factor=spec.moe_router_topk_scaling_factor,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=options.moe_router_bias_update_rate,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=options.moe_aux_loss_coeff,
+        moe_token_dispatcher_type="alltoall",
+        mtp_num_layers=spec.mtp_num_layers if options.with_mtp and spec.mtp_num_layers else None,
+        params_dtype=options.params_dtype,
+        bf16=options.params_dtype == torch.bfloat16,
+        pipeline_dtype=options.params_dtype,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        sequence_parallel=layout.tensor_model_parallel_size > 1,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        variable_seq_lengths=True,
+        recompute_granularity="selective" if selective else None,
+        recompute_modules=options.recompute_modules if selective else None,
+        perform_initialization=False,  # every weight comes from a checkpoint
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+class Stack(HybridStack):
+    """The decoder: HybridStack with our final norm, and full recompute counted in whole (attention + MLP) layers."""
+
+    def __init__(self, config, *args, recompute_method=None, recompute_num_layers=None, **kwargs):
+        if recompute_method is not None:
+            config = copy.copy(config)
+            config.recompute_granularity = "full"
+            config.recompute_method = recompute_method
+            config.recompute_num_layers = 2 * recompute_num_layers
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        if self.post_process:
+            self.post_layer_norm = True  # HybridStack's own needs Transformer Engine
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def layer_specs(options: ModelOptions) -> ModuleSpec:
+    """Which module stands in which place of HybridModel."""
+    mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+    moe = MoESubmodules(experts=GroupedExperts, shared_experts=partial(SharedExpertMLP, submodules=mlp))
+    attention_layer = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(module=Attention),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=NORM_NAMES,
+    )
+    mlp_layer = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm,
+        mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=NORM_NAMES,
+    )
+    moe_layer = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm, mlp=partial(_moe_layer, submodules=moe), mlp_bda=get_bias_dropout_add
+    )
+    mtp_layer = MultiTokenPredictionLayerSubmodules(
+        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear
+    )
+    return ModuleSpec(
+        module=Stack,
+        params=dict(
+            recompute_method=options.recompute_method, recompute_num_layers=options.recompute_num_layers
+        )
+        if options.recompute_granularity == "full"
+        else {},
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention_layer),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp_layer),
+            moe_layer=ModuleSpec(module=TransformerLayer, submodules=moe_layer),
+            mtp_block_spec=ModuleSpec(
+                module=MultiTokenPredictionBlock,
+                submodules=MultiTokenPredictionBlockSubmodules(
+                    layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=mtp_layer)]
+                ),
+            ),
+        ),
+    )
+
+
+def _moe_layer(config, pg_collection, is_mtp_layer=False, name=None, *, submodules):
+    return MoELayer(config, submodules, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
+
+
+class GLM45Model(HybridModel):
+    """One pipeline stage of the model. Input is one packed row; the last stage returns losses or logits."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, options: ModelOptions = ModelOptions()):
+        config = transformer_config(spec, layout, options)
+        super().__init__(
+            config,
+            layer_specs(options),
+            vocab_size=spec.vocab_size,
+            max_sequence_length=0,
+            hybrid_layer_pattern=layout.hybrid_pattern(spec, config.mtp_num_layers is not None),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self.spec = spec
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, bounds: list[int], labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """tokens, positions: int64 [T]; bounds: document edges; labels: int64 [1 + MTP layers, T], what each should predict.
+
+        Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T]. Without labels: the logits
+        [T, words of this tensor rank]. Other stages: hidden states for the next one.
+        """
+        rotary = rotary_table(positions, self.spec.kv_channels, self.spec.rotary_percent, self.spec.rotary_base)
+        row = PackedRow(bounds, tokens.device)
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens[None], position_ids=positions[None])
+        hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
+        if not self.post_process:
+            return hidden
+        if labels is None:
+            return self.output_layer(hidden)[0].squeeze(1)
+        depths = [hidden]
+        if self.mtp_process:
+            hidden = self.mtp(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                hidden_states=hidden,
+                attention_mask=None,
+                rotary_pos_emb=rotary,
+                packed_seq_params=row,
+                embedding=self.embedding,
+            )
+            depths = hidden.chunk(1 + self.config.mtp_num_layers)
+        losses = [self._cross_entropy(hidden, wanted) for hidden, wanted in zip(depths, labels)]
+        return torch.stack(losses)
+
+    def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits, _ = self.output_layer(hidden)
+        return self.compute_language_model_loss(labels[None], logits.float())[0]

@@ -1,0 +1,60 @@
+"""Start and stop of a rank: device, process groups, megatron's parallel state, seeds."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from glm45_tune.layout import Layout
+from glm45_tune.mcore import cpu
+
+_started = False
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(layout: Layout, seed: int = 1234) -> None:
+    """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (alone when they are absent).
+
+    Safe to call again with another layout in one process: the parallel state is rebuilt over the same ranks.
+    """
+    global _started
+    if not torch.cuda.is_available() and not _started:
+        cpu.enter()
+    _started = True
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        alone = "RANK" not in os.environ
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.HashStore() if alone else None,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
+            timeout=datetime.timedelta(minutes=30),
+        )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)
+
+
+def stop() -> None:
+    """Leave the job."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
