@@ -8,6 +8,7 @@ never arithmetic.
 import functools
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 class _Now:
@@ -34,6 +35,12 @@ class _Now:
         return True
 
 
+class _Splits(list):
+    """A list that also answers numpy's tolist()."""
+
+    tolist = list.copy
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Turns device="cuda" into "cpu" in every torch call."""
 
@@ -48,14 +55,41 @@ def _cuda_type_name(type_of):
     def name(self, dtype=None, *args, **kwargs):
         if dtype is not None:
             return type_of(self, dtype, *args, **kwargs)
-        return type_of(self).replace("torch.", "torch.cuda.", 1)
+        return "torch.cuda." + type_of(self).rpartition(".")[2]
 
     return name
+
+
+def _uneven_gather(gather):
+    @functools.wraps(gather)
+    def along_first_dim(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        parts = [input_.new_empty(size, *input_.shape[1:]) for size in output_split_sizes]
+        parts[group.rank()] = input_.contiguous()
+        for rank, part in enumerate(parts):
+            dist.broadcast(part, group=group, group_src=rank)
+        return torch.cat(parts)
+
+    return along_first_dim
+
+
+def _uneven_reduce_scatter(reduce_scatter):
+    @functools.wraps(reduce_scatter)
+    def along_first_dim(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    return along_first_dim
 
 
 def enter() -> None:
     """Turn this process. Raises AssertionError where a GPU is visible or when entered twice."""
     assert not torch.cuda.is_available(), "CPU mode is for machines without a GPU"
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -73,9 +107,12 @@ def enter() -> None:
     torch.cuda.set_rng_state = mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # gloo's all-to-all takes split sizes as lists, where NCCL's takes the numpy arrays megatron makes of GPU tensors
     token_dispatcher.maybe_move_tensor_to_cpu = (
-        lambda tensor, as_numpy=False, record_stream=False: tensor.tolist()
+        lambda tensor, as_numpy=False, record_stream=False: _Splits(tensor.tolist())
         if as_numpy and torch.is_tensor(tensor)
         else tensor
     )
+    # expert tensor ranks exchange parts of different lengths; gloo's own collectives want equal ones
+    mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
     # the optimizer and the gradient clipping recognise parameters by the name of their CUDA type
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
 
@@ -19,21 +20,30 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) 
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight)])
 
 
+def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
+    """Tell megatron how an expert parameter is spread: its gradient is reduced over expert-data ranks only, and in the
+
+    gradient norm every expert tensor rank counts where dim `cut_dim` is cut over them, else the first one.
+    """
+    parameter.allreduce = False
+    if cut_dim is not None:
+        set_tensor_model_parallel_attributes(parameter, True, cut_dim, 1)
+
+
 class GroupedLinear(torch.nn.Module):
     """A stack of linears, one an expert, with room for a LoRA adapter (one low-rank pair an expert)."""
-
-    adapter: torch.nn.Module | None = None
 
     def __init__(self, num_experts: int, input_size: int, output_size: int, config, init_method, cut_dim: int):
         """Sizes are this rank's. cut_dim: the weight's dim that expert tensor ranks share, 1 = output, 2 = input."""
         super().__init__()
+        self.register_module("adapter", None)
         self.cut_dim = cut_dim
         self.weight = torch.nn.Parameter(
             torch.empty(
                 num_experts, output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()
             )
         )
-        self.weight.allreduce = False  # megatron: reduced over expert-data ranks, not over all data ranks
+        mark_expert_parameter(self.weight, cut_dim)
         if config.perform_initialization:
             init_method(self.weight)
 
@@ -103,5 +113,7 @@ class GroupedExperts(MegatronModule):
                 linear.weight, f"{prefix}experts.{name}.weight", linear.cut_dim, halves=name == "linear_fc1"
             )
             if linear.adapter is not None:
-                sharded.update(linear.adapter.sharded_state_dict(f"{prefix}{name}.adapter.", sharded_offsets, metadata))
+                sharded.update(
+                    linear.adapter.sharded_state_dict(f"{prefix}experts.{name}.adapter.", sharded_offsets, metadata)
+                )
         return sharded

@@ -7,19 +7,18 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 class _WithAdapter:
     """Adds `adapter(x)` to the output of a linear. Parameter names of the base never change, with LoRA or without."""
 
-    adapter: torch.nn.Module | None = None
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_module("adapter", None)
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         output, bias = super().forward(x, *args, **kwargs)
         return (output if self.adapter is None else output + self.adapter(x)), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        adapter = self._modules.pop("adapter", None)  # its tensors have layouts of their own
-        try:
-            sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            if adapter is not None:
-                self._modules["adapter"] = adapter
+        adapter, self.adapter = self.adapter, None  # its tensors have layouts of their own
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        self.adapter = adapter
         if adapter is not None:
             sharded.update(adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata))
         return sharded

@@ -1,0 +1,64 @@
+"""One micro batch: samples laid end to end, with positions, edges, labels and weights."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from glm45_tune.data.chat import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens, M = 1 + number of MTP layers predictions each.
+
+    tokens, positions int64 [T]; bounds: edges of the documents, 0 first, T last; labels int64 [M, T]: what each position's
+    m-th prediction should be; weights float32 [M, T]: how much it counts.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    bounds: list[int]
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.positions, self.labels, self.weights))
+        tokens, positions, labels, weights = moved
+        return Batch(tokens, positions, self.bounds, labels, weights)
+
+
+def collate(samples: list[Sample], num_predictions: int, multiple: int, pad_id: int) -> Batch:
+    """Lay samples end to end; a document of padding makes the length a multiple of `multiple` (tensor ranks cut it evenly).
+
+    No samples make a batch of padding alone, which trains nothing: a rank that has no row left takes part with it.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    padding = -sum(lengths) % multiple or (0 if samples else multiple)
+    documents = [(sample.input_ids, sample.loss_mask) for sample in samples]
+    if padding:
+        documents.append((np.full(padding, pad_id), np.zeros(padding, np.float32)))
+        lengths.append(padding)
+    labels = np.concatenate([_ahead(ids, num_predictions, pad_id) for ids, _ in documents], axis=1)
+    weights = np.concatenate([_ahead(mask, num_predictions, 0.0) for _, mask in documents], axis=1)
+    return Batch(
+        torch.from_numpy(np.concatenate([ids for ids, _ in documents]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        np.cumsum([0, *lengths]).tolist(),
+        torch.from_numpy(labels.astype(np.int64)),
+        torch.from_numpy(weights.astype(np.float32)),
+    )
+
+
+def _ahead(values: np.ndarray, count: int, fill) -> np.ndarray:
+    """[count, n]: row m holds each position's value m + 1 places on, `fill` behind the document's end."""
+    padded = np.concatenate([values, np.full(count, fill, values.dtype)])
+    return np.stack([padded[1 + m : 1 + m + len(values)] for m in range(count)])
+
+
+def total_weights(samples: list[Sample], num_predictions: int) -> np.ndarray:
+    """Sum of the weights of all predictions, float64 [num_predictions]: the denominators of the losses."""
+    return sum(
+        (_ahead(sample.loss_mask, num_predictions, 0.0).sum(axis=1, dtype=np.float64) for sample in samples),
+        np.zeros(num_predictions),
+    )

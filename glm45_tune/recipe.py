@@ -1,0 +1,260 @@
+"""The recipe: everything a run is told, strict, checked whole before anything heavy is imported.
+
+Keys keep the field's names: megatron's for parallelism and the model, PEFT's for LoRA. A recipe file gives what differs from
+the defaults below; `key=value` on the command line comes on top. Relative paths are taken from the working directory.
+"""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from glm45_tune.errors import RecipeError
+from glm45_tune.layout import Layout
+
+# the linears LoRA can sit on, megatron's name → the HF projections fused in it
+LINEARS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+ALL_LINEAR = "all-linear"
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    path: str
+    """Checkpoint directory, Hugging Face or megatron format."""
+    params_dtype: Literal["bf16", "fp32"] = "bf16"
+    """What weights and activations are computed in; bf16 keeps fp32 master weights of what is trained."""
+    mtp_loss_scaling_factor: NotNegative = 0.0
+    """Weight of the MTP layers' loss. 0 leaves the MTP layers out of training; export keeps them as they were."""
+    moe_aux_loss_coeff: NotNegative = 0.0
+    """Weight of the load-balancing loss. Fine-tuning needs none; the known GLM-4.5-Air recipe has 1e-3."""
+
+
+class DataConfig(_Section):
+    train: str | list[str]
+    """JSONL files of `{"messages": [...]}`."""
+    eval: str | list[str] | None = None
+    """Held-out JSONL files."""
+    eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of `train` held out where `eval` is not given, chosen by the seed."""
+    seq_length: Positive = 8192
+    """Tokens of a packed row. A sample longer than this is an error."""
+    packing: bool = True
+    """Fill rows with several samples. Off: one sample a row."""
+    enable_thinking: bool | None = None
+    """Passed to the chat template as it is; null passes nothing. A row's own field wins."""
+    train_empty_think: bool = False
+    """Also train the empty thought of answers without one: so a model learns to stop thinking under the default prompt."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_eval(self):
+        if self.eval is not None and self.eval_ratio:
+            raise ValueError("eval and eval_ratio are both given; give one")
+        return self
+
+
+class LoraConfig(_Section):
+    r: Positive = 32
+    lora_alpha: Annotated[float, Field(gt=0)] = 64.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    """Scale by lora_alpha / √r instead of lora_alpha / r."""
+    target_modules: str | list[str] = ["linear_qkv", "linear_proj"]
+    """megatron's names, HF's, or all-linear (experts included). A dotted front narrows: shared_experts.linear_fc1."""
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def targets(self) -> list[str]:
+        names = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        return list(LINEARS) if ALL_LINEAR in names else names
+
+    def targets_of(self, module: str) -> list[str]:
+        """What is targeted of a megatron linear (`decoder.layers.0.self_attention.linear_qkv`): [its own name], or some of
+
+        its HF projections, or nothing.
+        """
+        front, _, kind = module.rpartition(".")
+        fused = [name for name in (kind, *LINEARS[kind]) if any(_ends(f"{front}.{name}", t) for t in self.targets)]
+        return [kind] if kind in fused else fused
+
+    @field_validator("target_modules")
+    @classmethod
+    def _known(cls, value):
+        allowed = [ALL_LINEAR, *LINEARS, *(projection for fused in LINEARS.values() for projection in fused)]
+        names = [value] if isinstance(value, str) else value
+        if not names:
+            raise ValueError("is empty; leave `lora` out to train every weight")
+        for name in names:
+            if name.rpartition(".")[2] not in allowed:
+                raise ValueError(f"{name!r} is no linear of the model; allowed: {', '.join(allowed)}")
+        return value
+
+
+def _ends(path: str, target: str) -> bool:
+    target = target.replace("self_attn.", "self_attention.")
+    return path == target or path.endswith("." + target)
+
+
+class ParallelConfig(_Section):
+    tensor_model_parallel_size: Positive = 1
+    """Sequence parallelism goes with it."""
+    pipeline_model_parallel_size: Positive = 1
+    expert_model_parallel_size: Positive = 1
+    expert_tensor_parallel_size: Positive = 1
+    world_size: Positive | None = None
+    """Ranks to start without torchrun; null: all visible GPUs, or on a CPU the fewest that the sizes above allow."""
+
+    def layout(self, world_size: int | None = None) -> Layout:
+        sizes = self.model_dump(exclude={"world_size"})
+        if world_size is None:
+            world_size = self.world_size or Layout(**sizes).smallest_world_size
+        return Layout(**sizes, world_size=world_size)
+
+
+class OptimizerConfig(_Section):
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    min_lr: NotNegative = 1e-5
+    """Where the cosine ends."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which lr rises from 0."""
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: NotNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _falls(self):
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}")
+        return self
+
+
+class TrainConfig(_Section):
+    micro_batch_size: Positive = 1
+    """Packed rows a rank computes at once."""
+    global_batch_size: Positive = 16
+    """Packed rows an optimizer step."""
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    """Give epochs or steps."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    eval_interval: Positive | None = None
+    """Steps between evaluations; null: at the end only."""
+    save_interval: Positive | None = None
+    """Steps between checkpoints; null: at the end only."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""
+    recompute_num_layers: Positive = 1
+    recompute_modules: list[Literal["core_attn", "moe_act", "mlp", "moe", "shared_experts"]] = ["core_attn", "moe_act"]
+    """Of selective: what is computed again in backward."""
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+
+class LoggingConfig(_Section):
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
+
+
+class Recipe(_Section):
+    """One run. Frozen: what was checked is what runs."""
+
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    lora: LoraConfig | None = None
+    """Absent: every weight is trained."""
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    logging: LoggingConfig = LoggingConfig()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Recipe":
+        """Read a YAML file, apply `a.b=value` overrides. Raises RecipeError with every fault in one message."""
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such recipe.")
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not YAML: {error}") from error
+        if not isinstance(document, dict):
+            raise RecipeError(f"{path}: holds {type(document).__name__}; a recipe is a mapping of sections.")
+        for override in overrides:
+            _override(document, override)
+        return cls.from_dict(document, str(path))
+
+    @classmethod
+    def from_dict(cls, document: dict, where: str = "recipe") -> "Recipe":
+        """Check a recipe given as nested dicts."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            faults = [_explain(fault) for fault in error.errors()]
+            raise RecipeError(f"{where}: " + ("" if len(faults) == 1 else "\n  ") + "\n  ".join(faults)) from None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _override(document: dict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{text!r}: an override is key=value, such as optimizer.lr=5e-5.")
+    *sections, last = key.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise RecipeError(f"{text!r}: {section} is {document!r}, not a section.")
+    try:
+        document[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
+
+
+def _explain(fault: dict) -> str:
+    where = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("list[", "str", "function")))
+    if fault["type"] == "extra_forbidden":
+        allowed = _keys_at(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), allowed, 1, 0.5)
+        front = ".".join(str(part) for part in fault["loc"][:-1])
+        hint = f"Did you mean {f'{front}.' if front else ''}{near[0]}?" if near else f"Allowed: {', '.join(allowed)}."
+        return f"{where}: unknown key. {hint}"
+    if fault["type"] == "missing":
+        return f"{where}: missing."
+    message = fault["msg"].removeprefix("Value error, ")
+    came = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
+    return f"{where}: {message}{came}."
+
+
+def _keys_at(location: tuple) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        model = next(kind for kind in (annotation, *getattr(annotation, "__args__", ())) if hasattr(kind, "model_fields"))
+    return list(model.model_fields)
