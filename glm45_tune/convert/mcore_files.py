@@ -8,13 +8,13 @@ import io
 import json
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -27,6 +27,9 @@ from glm45_tune.convert.names import DIALECTS, Row, hf_places, is_mtp, rows
 from glm45_tune.convert.tensors import split_row
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
+
+
+COMMON = "common_state/shard_0_1"  # where megatron keeps what is not a tensor
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -49,13 +52,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
 
-class McoreDir:
-    """A torch_dist checkpoint of a GLM-4.5 model, in either dialect, that can be read tensor by tensor and slice by slice."""
+class TorchDistFiles:
+    """The tensors of a torch_dist directory, by key and slice."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config = read_config(self.path)
-        self.spec = ModelSpec.from_config(self.config, f"{self.path}/config.json")
         if not (self.path / ".metadata").is_file():
             raise CheckpointError(f"{self.path}: no .metadata here; not a megatron torch_dist checkpoint, or an incomplete one.")
         try:
@@ -70,6 +71,52 @@ class McoreDir:
         for info in self._storage.values():
             if not (self.path / info.relative_path).is_file():
                 raise CheckpointError(f"{self.path}/.metadata names {info.relative_path}, which is not there.")
+
+    def read_key(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None):
+        """The part of a tensor that starts at `offsets` and has shape `sizes` (all of it by default)."""
+        meta = self.tensors[key]
+        offsets = offsets or (0,) * len(meta.size)
+        sizes = sizes or tuple(meta.size)
+        result, filled = torch.empty(sizes, dtype=meta.properties.dtype), 0
+        for chunk in meta.chunks:
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            data = self._read(MetadataIndex(key, chunk.offsets))
+            data = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))]
+            if data.shape == result.shape:
+                return data
+            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = data
+            filled += data.numel()
+        if filled != result.numel():
+            raise CheckpointError(f"{self.path}: {filled} of the {result.numel()} values asked of {key} are stored.")
+        return result
+
+    def read_object(self, key: str) -> object:
+        """An object of plain values, stored by `write_torch_dist` under `key`."""
+        return self._read(MetadataIndex(key))[0]
+
+    def _read(self, index: MetadataIndex):
+        info = self._storage[index]
+        with open(self.path / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{self.path}/{info.relative_path}: {index.fqn} cannot be read; the file is damaged."
+            ) from error
+
+
+class McoreDir(TorchDistFiles):
+    """A megatron checkpoint of a GLM-4.5 model in either dialect, read by megatron's names or by Hugging Face's."""
+
+    def __init__(self, path: str | Path):
+        self.config = read_config(path)
+        self.spec = ModelSpec.from_config(self.config, f"{path}/config.json")
+        super().__init__(path)
         self.dialect = self._recognise()
         self._place = hf_places(self.spec, lambda row: row.name(self.dialect) in self.tensors)
         self._last_read: tuple = (None, [])
@@ -98,38 +145,10 @@ class McoreDir:
                 raise CheckpointError(f"{self.path}: {key} is missing.")
             if (shape := tuple(self.tensors[key].size)) != row.shape:
                 raise CheckpointError(f"{self.path}: {key} has shape {shape}; config.json makes it {row.shape}.")
-
-    def read_key(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None):
-        """The part of a megatron tensor that starts at `offsets` and has shape `sizes` (all of it by default)."""
-        meta = self.tensors[key]
-        offsets = offsets or (0,) * len(meta.size)
-        sizes = sizes or tuple(meta.size)
-        result, filled = torch.empty(sizes, dtype=meta.properties.dtype), 0
-        for chunk in meta.chunks:
-            low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
-            if any(a >= b for a, b in zip(low, high)):
-                continue
-            data = self._chunk(key, chunk)
-            data = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))]
-            if data.shape == result.shape:
-                return data
-            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = data
-            filled += data.numel()
-        if filled != result.numel():
-            raise CheckpointError(f"{self.path}: {filled} of the {result.numel()} values asked of {key} are stored.")
-        return result
-
-    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        info = self._storage[MetadataIndex(key, chunk.offsets)]
-        with open(self.path / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            data = file.read(info.length)
-        try:
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.path}/{info.relative_path}: {key} cannot be read; the file is damaged.") from error
-        return tensor
+        known = {name for row in table for name in (row.name(self.dialect), *row.alias_names(self.dialect))}
+        for key in self.tensors:
+            if key not in known and not key.startswith("optimizer."):
+                raise CheckpointError(f"{self.path}: no place in a GLM-4.5 model for {key}. Wrong model or a new release?")
 
     # the same checkpoint seen under its Hugging Face names, as HfDir shows one
 
@@ -163,13 +182,12 @@ class McoreDir:
 class _StreamPlanner(DefaultSavePlanner):
     """Plans a save from shapes alone and fetches each chunk only when it is about to be written."""
 
-    def __init__(self, chunks: dict[str, tuple[tuple[int, ...], torch.dtype, list]], objects: dict[str, bytes]):
-        """chunks: key → (shape, dtype, [(offsets, sizes, read: () → tensor), …]). objects: key → pickled bytes."""
+    def __init__(self, chunks: "Chunks", objects: dict[str, bytes]):
         super().__init__()
         self._chunks, self._objects = chunks, objects
 
     def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        self.is_coordinator = is_coordinator
+        pass
 
     def create_local_plan(self) -> SavePlan:
         items, self._readers = [], {}
@@ -181,25 +199,12 @@ class _StreamPlanner(DefaultSavePlanner):
                 items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
                 self._readers[index] = read
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
-        self.plan = SavePlan(items)
-        return self.plan
+        return SavePlan(items)
 
-    def create_global_plan(self, all_plans):
-        (plan,) = all_plans
-        state = {
-            key: TensorStorageMetadata(
-                TensorProperties(dtype=dtype),
-                torch.Size(shape),
-                [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes, _ in parts],
-            )
-            for key, (shape, dtype, parts) in self._chunks.items()
-        }
-        state |= {key: BytesStorageMetadata() for key in self._objects}
-        self.metadata = Metadata(state)
-        return [plan], self.metadata
+    def create_global_plan(self, all_plans: list[SavePlan]):
+        return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        self.plan = new_plan
         return new_plan
 
     def resolve_data(self, write_item: WriteItem):
@@ -208,18 +213,31 @@ class _StreamPlanner(DefaultSavePlanner):
         return self._readers[write_item.index]().detach()
 
 
-def write_mcore(path: Path, chunks: dict, empty_objects: list[str], legacy_common: bool) -> None:
-    """Write a torch_dist checkpoint into an existing directory.
+# key → (shape of the whole tensor, dtype, [(offsets, sizes, read), …]): the chunks this process writes
+Chunks = dict[str, tuple[tuple[int, ...], torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...], Callable]]]]
 
-    chunks: key → (shape, dtype, [(offsets, sizes, read), …]); `read` is called when its chunk is written, so that one chunk a
-    thread is in memory. empty_objects: keys of objects that hold None. legacy_common: also write the common.pt that megatron-core before 0.19 wants.
+
+def write_torch_dist(path: Path, chunks: Chunks, objects: dict[str, object], group=None) -> None:
+    """Write a torch_dist checkpoint into an existing directory; with `group`, its ranks write their parts together.
+
+    A chunk's `read` is called when its turn comes, so one chunk a thread is in memory. objects: plain values by key.
     """
-    packed = dict.fromkeys(empty_objects, _pickled([None])) | {"common_state/shard_0_1": _pickled([{}])}
+    packed = {key: _pickled([value]) for key, value in objects.items()}
     writer = FileSystemWriter(str(path), single_file_per_rank=True, sync_files=False, thread_count=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process writes: that is the intent
-        save({}, storage_writer=writer, planner=_StreamPlanner(chunks, packed), no_dist=True)
-    (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+        planner = _StreamPlanner(chunks, packed)
+        save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    if group is None or group.rank() == 0:
+        (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+
+
+def write_model(path: Path, chunks: Chunks, empty_objects: list[str], legacy_common: bool) -> None:
+    """Write a model's checkpoint. empty_objects: keys of objects that hold None.
+
+    legacy_common: also write the common.pt that megatron-core before 0.19 wants.
+    """
+    write_torch_dist(path, chunks, dict.fromkeys(empty_objects) | {COMMON: {}})
     if legacy_common:
         torch.save({}, path / "common.pt")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from glm45_tune.convert.hf_files import INDEX, HfDir, copy_side_files, write_hf
-from glm45_tune.convert.mcore_files import McoreDir, write_mcore
+from glm45_tune.convert.mcore_files import Chunks, McoreDir, write_model
 from glm45_tune.convert.names import modules_with_extra_state, mtp_copies, rows
 from glm45_tune.convert.outdir import whole
 from glm45_tune.convert.tensors import HfReader, read_row
@@ -44,14 +44,14 @@ def to_mcore(source: HfReader, output: str | Path, dialect: str = "hybrid", veri
         source.check()
     with whole(output, "mcore", source=str(source.path), dialect=dialect) as staging:
         _check_copies(source)
-        write_mcore(staging, _chunks(source, dialect, tick), _extra_states(source, dialect), legacy_common=dialect == "gpt")
+        write_model(staging, _chunks(source, dialect, tick), _extra_states(source, dialect), legacy_common=dialect == "gpt")
         copy_side_files(source.path, staging)
         if verify:
             _verify(source, McoreDir(staging), tick)
 
 
-def _chunks(source: HfReader, dialect: str, tick: Tick) -> dict:
-    chunks: dict = {}
+def _chunks(source: HfReader, dialect: str, tick: Tick) -> Chunks:
+    chunks: Chunks = {}
     for row in rows(source.spec):
         dtype = source.dtype(row.hf_names(0)[0])
 

@@ -1,0 +1,118 @@
+"""Checkpoints of a run: what is trained, the optimizer, and how far it got; saved under one layout, loaded under any.
+
+The files are a megatron torch_dist checkpoint: of a full fine-tuning run it is a whole model, of a LoRA run the adapter.
+A directory is complete only when `complete.json` is in it, written last.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor, load
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from glm45_tune.convert.mcore_files import COMMON, Chunks, TorchDistFiles, write_torch_dist
+from glm45_tune.mcore.load import sharded_tensors
+from glm45_tune.mcore.step import Trainer
+
+COMPLETE = "complete.json"
+# the optimizer's moments are stored in the shape of the weights, so that any layout can cut them anew
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def step_directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Directories of a run's complete checkpoints, oldest first."""
+    return sorted(path.parent for path in run.glob(f"checkpoints/step_*/{COMPLETE}"))
+
+
+def save(trainer: Trainer, directory: Path, config: dict, facts: dict) -> None:
+    """Write a checkpoint. config: the model's config.json; facts: kept in complete.json. Called by all ranks together."""
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    dist.barrier()
+    state = _state(trainer, is_loading=False)
+    apply_factories(state)
+    sharded, common = extract_sharded_base(state)
+    chunks: Chunks = {}
+    for tensor in nested_values(sharded):
+        assert isinstance(tensor, ShardedTensor), f"{tensor.key} is no tensor"
+        if is_main_replica(tensor.replica_id):
+            _, _, parts = chunks.setdefault(tensor.key, (tensor.global_shape, tensor.dtype, []))
+            data = tensor.data.view(tensor.data.shape)
+            parts.append((tensor.global_offset, data.shape, lambda data=data: data.cpu()))
+    commons: list = [None] * dist.get_world_size()
+    dist.all_gather_object(commons, common["optimizer"])  # a stage without experts has no optimizer of theirs
+    merged = {number: value for ranks in commons for number, value in ranks.items()}
+    write_torch_dist(directory, chunks, {COMMON: {"optimizer": merged}} if first else {}, dist.group.WORLD)
+    if first:
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / COMPLETE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    dist.barrier()
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, directory: Path) -> None:
+    """Load a checkpoint into the trainer, whatever layout wrote it. Called by all ranks together."""
+    files = TorchDistFiles(directory)
+    for shard in sharded_tensors(trainer.module):
+        if _is_trained(trainer, shard.key):
+            shard.data.copy_(files.read_key(shard.key, shard.global_offset, shard.local_shape))
+    optimizers = _optimizers(trainer)
+    for optimizer in optimizers.values():
+        optimizer._init_optimizer_states_with_dummy_values()  # torch's Adam has no state to load into before its first step
+    state = load({"optimizer": _state(trainer, is_loading=True)["optimizer"]}, str(directory))["optimizer"]
+    for number, optimizer in optimizers.items():
+        _load_optimizer(optimizer, state[number])
+
+
+def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
+    """megatron's optimizers of this stage (one for experts, one for the rest) by number, those without parameters left out."""
+    chained = trainer.optimizer.chained_optimizers
+    return {number: optimizer for number, optimizer in enumerate(chained) if optimizer.buffers}
+
+
+def _load_optimizer(optimizer, state: dict) -> None:
+    """DistributedOptimizer.load_state_dict, around its one fault with torch's Adam: it takes the step count, a tensor there,
+
+    for one of the moments. So the step is a number while the moments are copied.
+    """
+    moments = state.pop("param_state")
+    optimizer.load_state_dict(state)
+    of_parameter = optimizer.optimizer.state.values()
+    steps = [values.get("step") for values in of_parameter]
+    for values, step in zip(of_parameter, steps):
+        if step is not None:
+            values["step"] = float(step)
+    optimizer.load_parameter_state_from_fully_reshardable(moments)
+    for values, step in zip(of_parameter, steps):
+        if step is not None:
+            values["step"] = step.clone()
+
+
+def _is_trained(trainer: Trainer, key: str) -> bool:
+    return ".adapter." in key or not trainer.is_lora
+
+
+def _state(trainer: Trainer, is_loading: bool) -> dict:
+    model = trainer.module.sharded_state_dict()
+    model = {
+        key: value
+        for key, value in model.items()
+        if not isinstance(value, ShardedObject) and _is_trained(trainer, value.key)
+    }
+    optimizer = {
+        number: optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
+        for number, optimizer in _optimizers(trainer).items()
+    }
+    return {"model": model, "optimizer": optimizer}
