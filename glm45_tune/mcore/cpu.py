@@ -6,8 +6,10 @@ never arithmetic.
 """
 
 import functools
+import warnings
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
@@ -97,6 +99,10 @@ def enter() -> None:
     # megatron allocates buffers and scalars with device="cuda" or device=current_device()
     torch.cuda.current_device = lambda: torch.device("cpu")
     _CudaMeansCpu().__enter__()
+    # megatron looks at .grad of activations; seen through the mode above, torch warns of it once
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    # megatron compiles small functions, which costs 20 s of C++ compilation on a CPU and computes the same
+    torch._dynamo.config.disable = True
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     # the dispatcher copies counts on a side stream; recompute and p2p wait for the device
     torch.cuda.Stream = torch.cuda.Event = _Now

@@ -5,9 +5,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from glm45_tune.convert.mcore_files import McoreDir
-from glm45_tune.convert.names import Row, rows
-from glm45_tune.convert.tensors import HfReader, read_row
+from glm45_tune.conversion.mcore_files import McoreDir
+from glm45_tune.conversion.names import Row, rows
+from glm45_tune.conversion.tensors import HfReader, read_row
 
 
 def sharded_tensors(model) -> list[ShardedTensor]:

@@ -180,6 +180,7 @@ class GLM45Model(HybridModel):
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
         self.spec = spec
+        self.recomputes = options.recompute_granularity is not None
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, bounds: list[int], labels: torch.Tensor | None = None
@@ -194,6 +195,9 @@ class GLM45Model(HybridModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens[None], position_ids=positions[None])
+            if self.recomputes and torch.is_grad_enabled() and not hidden.requires_grad:
+                # megatron's recompute passes gradients only where an input asks for one, which a frozen embedding's does not
+                hidden.requires_grad_()
         hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
         if not self.post_process:
             return hidden

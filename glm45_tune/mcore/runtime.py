@@ -45,8 +45,13 @@ def start(layout: Layout, seed: int = 1234) -> None:
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    seed_all(seed)
+
+
+def seed_all(seed: int) -> None:
+    """Set every generator of this rank: the same on all ranks outside tensor-parallel regions, different inside."""
     torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def stop() -> None:
@@ -54,7 +59,3 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def is_last_stage() -> bool:
-    return parallel_state.is_pipeline_last_stage()

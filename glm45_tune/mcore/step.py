@@ -12,9 +12,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
-from glm45_tune.convert.tensors import HfReader
+from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.batch import Batch
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import lora, runtime
@@ -33,6 +34,8 @@ class StepResult:
     grad_norm: float = math.nan
     expert_load: float = math.nan
     """Tokens of the busiest expert over the mean, in the layer where that is largest."""
+    aux_loss: float = math.nan
+    """Load-balancing loss before its coefficient, mean over MoE layers and micro batches."""
 
 
 def model_options(recipe: Recipe) -> ModelOptions:
@@ -64,6 +67,7 @@ class Trainer:
         self.pad_multiple = layout.tensor_model_parallel_size
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.is_lora = recipe.lora is not None
+        self.has_aux_loss = recipe.model.moe_aux_loss_coeff > 0
         self.model = DistributedDataParallel(
             self.config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -87,7 +91,7 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = self._run(batches, num_microbatches, denominators, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(grad_norm), self._expert_load)
+        return StepResult(losses, float(grad_norm), self._expert_load, self._aux_loss(num_microbatches))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float]) -> StepResult:
@@ -97,7 +101,8 @@ class Trainer:
 
     def _run(self, batches, num_microbatches: int, denominators: list[float], forward_only: bool) -> list[float]:
         # a mean over the weights of the whole global batch: megatron divides by micro batches and data ranks, which cancels here
-        factors = [1.0] + [self.mtp_loss_scaling_factor / (self.num_predictions - 1)] * (self.num_predictions - 1)
+        num_mtp = self.num_predictions - 1
+        factors = [1.0] + num_mtp * [self.mtp_loss_scaling_factor / max(num_mtp, 1)]
         shares = num_microbatches * parallel_state.get_data_parallel_world_size()
         scale = torch.tensor(
             [shares * f / max(d, 1e-30) for f, d in zip(factors, denominators)], device=runtime.device()
@@ -130,6 +135,23 @@ class Trainer:
             worst = (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
         return worst.item()
+
+
+    def _aux_loss(self, num_microbatches: int) -> float:
+        if not self.has_aux_loss:
+            return math.nan
+        spec, name, found = self.module.spec, "load_balancing_loss", {}
+        get_moe_metrics_tracker().report(
+            loss_scale=1 / num_microbatches,
+            iteration=0,
+            force_initialize=True,  # a stage without experts takes part in the sum
+            track_names=name,
+            num_layers=self.config.num_layers,
+            moe_layer_freq=[int(spec.is_moe(layer)) for layer in range(spec.num_layers)],
+            mtp_num_layers=self.config.mtp_num_layers,
+            total_loss_dict=found,
+        )
+        return float(found[name])
 
 
 def _forward_step(scale: torch.Tensor, batches, model):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from glm45_tune.convert.hf_files import write_hf
-from glm45_tune.convert.names import hf_shapes, mtp_copies
-from glm45_tune.convert.outdir import whole
+from glm45_tune.conversion.hf_files import write_hf
+from glm45_tune.conversion.names import hf_shapes, mtp_copies
+from glm45_tune.conversion.outdir import whole
 from glm45_tune.spec import ModelSpec
 from glm45_tune.tiny import tokenizer as tiny_tokenizer
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from glm45_tune.convert.hf_files import INDEX, HfDir, copy_side_files, write_hf
-from glm45_tune.convert.mcore_files import Chunks, McoreDir, write_model
-from glm45_tune.convert.names import modules_with_extra_state, mtp_copies, rows
-from glm45_tune.convert.outdir import whole
-from glm45_tune.convert.tensors import HfReader, read_row
-from glm45_tune.convert.verify import compare, same_bytes
+from glm45_tune.conversion.adapter import Merged
+from glm45_tune.conversion.hf_files import INDEX, HfDir, copy_side_files, write_hf
+from glm45_tune.conversion.mcore_files import Chunks, McoreDir, write_model
+from glm45_tune.conversion.names import modules_with_extra_state, mtp_copies, rows
+from glm45_tune.conversion.outdir import whole
+from glm45_tune.conversion.tensors import HfReader, read_row
+from glm45_tune.conversion.verify import compare, same_bytes
 from glm45_tune.errors import CheckpointError, VerificationError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -48,6 +49,30 @@ def to_mcore(source: HfReader, output: str | Path, dialect: str = "hybrid", veri
         copy_side_files(source.path, staging)
         if verify:
             _verify(source, McoreDir(staging), tick)
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    to: str,
+    dialect: str = "hybrid",
+    adapter: str | Path | None = None,
+    verify: bool = True,
+    tick: Tick = lambda n: None,
+) -> HfReader:
+    """Convert a checkpoint directory to `to`, "mcore" or "hf", with a PEFT adapter merged in where one is given.
+
+    adapter: a PEFT directory, or a run that made one. Returns what was read.
+    """
+    source: HfReader = open_model(model)
+    if adapter is not None:
+        inside_run = Path(adapter) / "adapter"
+        source = Merged(source, inside_run if inside_run.is_dir() else adapter)
+    if to == "mcore":
+        to_mcore(source, output, dialect, verify, tick)
+    else:
+        to_hf(source, output, verify, tick)
+    return source
 
 
 def _chunks(source: HfReader, dialect: str, tick: Tick) -> Chunks:

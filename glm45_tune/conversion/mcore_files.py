@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from glm45_tune.convert.names import DIALECTS, Row, hf_places, is_mtp, rows
-from glm45_tune.convert.tensors import split_row
+from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, rows
+from glm45_tune.conversion.tensors import split_row
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 

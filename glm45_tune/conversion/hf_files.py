@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from glm45_tune.convert.names import hf_shapes, rows
-from glm45_tune.convert.tensors import HfReader
+from glm45_tune.conversion.names import hf_shapes, rows
+from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from glm45_tune.convert.tensors import HfReader
+from glm45_tune.conversion.tensors import HfReader
 
 
 @dataclass

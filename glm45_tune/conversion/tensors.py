@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from glm45_tune.convert.names import Row
+from glm45_tune.conversion.names import Row
 from glm45_tune.spec import ModelSpec
 
 

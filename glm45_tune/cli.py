@@ -1,0 +1,220 @@
+"""The command line. Nothing heavy is imported before it is needed: `--help` answers at once."""
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glm45_tune.errors import UserError, VerificationError
+
+app = typer.Typer(
+    help="Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Like(str, Enum):
+    air = "air"
+    b355 = "355b"
+
+
+class Dialect(str, Enum):
+    hybrid = "hybrid"
+    gpt = "gpt"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress(what: str, total: int):
+    """A bar over bytes on a terminal, nothing elsewhere. Use as a context manager; yields a function that takes bytes done."""
+    import contextlib
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    @contextlib.contextmanager
+    def bar():
+        columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda size: progress.advance(task, size)
+
+    return bar()
+
+
+@app.command()
+def tiny(
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    like: Annotated[Like, typer.Option(help="Which model's shape: Air's, or 355B's (qk-norm, 3 dense layers).")] = Like.air,
+    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With a multi-token-prediction layer.")] = True,
+    seed: Annotated[int, typer.Option(help="Another seed, other weights.")] = 0,
+) -> None:
+    """Write a small random checkpoint in the exact layout of the hub's, to try everything on."""
+    from glm45_tune.tiny import checkpoint
+
+    checkpoint.write(output, like.value, mtp, seed)
+    _say(f"wrote {output}: a random {like.value}-like model of {_size(output)}")
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Option(help="Checkpoint to read.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; appears when it is whole.")],
+    to_mcore: Annotated[bool, typer.Option("--to-mcore", help="Hugging Face → megatron torch_dist.")] = False,
+    to_hf: Annotated[bool, typer.Option("--to-hf", help="megatron torch_dist → Hugging Face.")] = False,
+    dialect: Annotated[Dialect, typer.Option(help="Of --to-mcore: HybridModel's names, or GPTModel's.")] = Dialect.hybrid,
+    adapter: Annotated[Path | None, typer.Option(help="Of --to-hf: a PEFT adapter, or a run that made one, to merge in.")] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare every byte.")] = True,
+) -> None:
+    """Convert a checkpoint, MTP layer and all, and prove it byte for byte."""
+    if to_mcore == to_hf:
+        raise UserError("convert: give either --to-mcore or --to-hf.")
+    from glm45_tune.conversion import stream
+
+    total = stream.total_bytes(stream.open_model(model))
+    with _progress("convert", total * (2 if verify else 1)) as tick:
+        source = stream.convert(model, output, "mcore" if to_mcore else "hf", dialect.value, adapter, verify, tick)
+    checked = "every byte verified" if verify else "not verified"
+    _say(f"wrote {output}: {len(source.names)} tensors, {_size(output)}, {checked}")
+
+
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(help="A checkpoint, either format.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    forward: Annotated[bool, typer.Option("--forward", help="Compare what the models compute: A in transformers, B here.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Are two checkpoints the same model? Names, shapes, dtypes and bytes; exit 3 when they differ."""
+    from glm45_tune.conversion import stream
+    from glm45_tune.conversion.hf_files import HfDir
+    from glm45_tune.conversion.verify import compare
+
+    first, second = stream.open_model(a), stream.open_model(b)
+    if forward:
+        if not isinstance(first, HfDir):
+            raise UserError(f"verify --forward: {a} runs in transformers and must be a Hugging Face directory.")
+        from glm45_tune.mcore.forward import compare_forward
+
+        report = compare_forward(first, second)
+        if not as_json:
+            for place, difference in report.differences.items():
+                print(f"{place:10s} {difference:.2e} of the range")
+        equal, text = report.equal, f"transformers against megatron, fp32, tolerance {report.document()['tolerance']:.0e}"
+    else:
+        with _progress("verify", stream.total_bytes(first)) as tick:
+            report = compare(first, second, tick)
+        equal, text = not report.differences, report.summary()
+    print(json.dumps(report.document()) if as_json else text)
+    if not equal:
+        raise VerificationError(f"{a} and {b} differ.")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top, such as optimizer.lr=5e-5.")] = None,
+) -> None:
+    """Train as a recipe says, alone or under torchrun; the same command again resumes."""
+    from glm45_tune.recipe import Recipe
+    from glm45_tune.training.launch import train as start
+
+    raise typer.Exit(start(Recipe.load(recipe, overrides or [])))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's output_dir.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; appears when it is whole.")],
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The PEFT adapter instead of a merged model.")] = False,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; the last complete one by default.")] = None,
+) -> None:
+    """Write a run's result as a Hugging Face model (adapter merged) or as a PEFT adapter."""
+    from glm45_tune.hub.export import export as write
+
+    with _progress("export", 0) as tick:
+        write(run, output, adapter_only, step, tick)
+    _say(f"wrote {output}: {_size(output)}")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top.")] = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this one question and end.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+) -> None:
+    """Talk with a model; answers stream. An empty line or Ctrl-D ends."""
+    from glm45_tune.chat.talk import talk
+
+    talk(model, adapter, think, prompt, max_new_tokens)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Hugging Face directories, shown side by side.")],
+    data: Annotated[list[Path], typer.Option(help="JSONL of conversations; the last answer is what is wanted. May be repeated.")],
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top of each.")] = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask every question of a data file: share of exact answers, share that thinks."""
+    from glm45_tune.chat.evaluate import evaluate as ask
+    from glm45_tune.chat.evaluate import load_questions
+    from glm45_tune.chat.model import ChatModel
+
+    questions = {str(path): load_questions(str(path)) for path in data}
+    scores = []
+    for path in models:
+        model = ChatModel(path, adapter)
+        scores += [
+            {"model": str(path), "data": file, **ask(model, asked, think, max_new_tokens).document()}
+            for file, asked in questions.items()
+        ]
+    if as_json:
+        print(json.dumps(scores, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "data", "questions", "exact", "thinks", "for example")
+    for score in scores:
+        row = score["rows"][0]
+        example = f"{row['question']} → {row['said'] or '(nothing)'}"
+        table.add_row(
+            score["model"], score["data"], str(score["num_questions"]), f"{score['exact']:.0%}", f"{score['thinks']:.0%}", example
+        )
+    Console().print(table)
+
+
+def _size(directory: Path) -> str:
+    size = float(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()))
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def main() -> None:
+    """Entry point: user faults end in one sentence and their exit code, without a traceback."""
+    try:
+        app()
+    except (UserError, VerificationError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"error: {error}")
+        sys.exit(error.exit_code)

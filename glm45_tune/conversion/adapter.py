@@ -1,0 +1,223 @@
+"""LoRA adapters in PEFT's format: written from a run's checkpoint, merged into a model while it is read.
+
+PEFT with transformers 5 moves every `gate_proj`, `up_proj`, `down_proj` in `target_modules` to the stacked experts, so the
+adapters of dense and shared MLPs, and of the experts themselves, are declared as `target_parameters`. There an expert
+stack's lora_A is [E · r, in], expert by expert, and its lora_B [out, r · E], expert fastest.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from glm45_tune.conversion.mcore_files import TorchDistFiles
+from glm45_tune.conversion.names import Row, is_mtp, rows
+from glm45_tune.conversion.outdir import whole
+from glm45_tune.conversion.tensors import HfReader, split_row
+from glm45_tune.errors import CheckpointError
+from glm45_tune.recipe import LoraConfig
+from glm45_tune.spec import ModelSpec
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
+
+
+def write_peft(checkpoint: Path, config: LoraConfig, base: HfReader, output: Path) -> None:
+    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`."""
+    files = TorchDistFiles(checkpoint)
+    table = {row.hybrid.removesuffix(".weight"): row for row in rows(base.spec)}
+    pairs: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
+    for key in files.tensors:
+        if ".adapter." in key and key.endswith(".lora_A") and not key.startswith("optimizer."):
+            linear, target = key.removesuffix(".lora_A").split(".adapter.")
+            pairs[linear][target] = files.read_key(key), files.read_key(key.replace("lora_A", "lora_B"))
+    tensors: dict[str, torch.Tensor] = {}
+    names: list[str] = []  # HF parameters that carry an adapter
+    ranks: dict[str, int] = {}
+    for linear, targets in pairs.items():
+        row = table[linear]
+        if row.num_experts is None:
+            found = _of_linear(row, targets)
+        else:
+            both = all(linear.rpartition(".")[0] + f".linear_fc{n}" in pairs for n in (1, 2))
+            found, stack, ranks[stack] = _of_experts(row, targets, both)
+            names += [] if is_mtp(row) else [row.parts[0].name.partition("{e}")[0] + stack]
+        tensors |= {f"{_PREFIX}{name}.weight": tensor.contiguous() for name, tensor in found.items()}
+        if row.num_experts is None and not is_mtp(row):
+            names += [name.removesuffix(".lora_A") + ".weight" for name in found if name.endswith(".lora_A")]
+    with whole(output, "adapter", base=str(base.path)) as staging:
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        _peft_config(names, ranks, config, base).save_pretrained(str(staging))
+
+
+def _of_linear(row: Row, targets: dict) -> dict[str, torch.Tensor]:
+    """lora_A and lora_B of each HF projection in a fused linear; one shared lora_A is repeated for each."""
+    found = {}
+    for target, (lora_A, lora_B) in targets.items():
+        projections = [part.name.removesuffix(".weight") for part in row.parts]
+        if target.startswith("linear_"):
+            halves = split_row(row, lora_B)
+        else:
+            projections, halves = [p for p in projections if p.endswith("." + target)], [lora_B]
+        for projection, half in zip(projections, halves, strict=True):
+            found[f"{projection}.lora_A"], found[f"{projection}.lora_B"] = lora_A.clone(), half
+    return found
+
+
+def _of_experts(row: Row, targets: dict, both: bool) -> tuple[dict[str, torch.Tensor], str, int]:
+    """The experts' pairs as one pair of the stacked parameter, that parameter's name, and the pair's rank.
+
+    both: fc1 and fc2 are adapted; PEFT then nests its wrappers, fc1's inside.
+    """
+    stack = _STACKS[len(row.parts) == 1]
+    out = sum(part.shape[0] for part in row.parts)
+    lora_As, lora_Bs = [], []
+    for target, (lora_A, lora_B) in targets.items():
+        wide = lora_B
+        if target in ("gate_proj", "up_proj"):
+            wide = lora_B.new_zeros(lora_B.shape[0], out, lora_B.shape[2])
+            first = 0 if target == "gate_proj" else out // 2
+            wide[:, first : first + out // 2] = lora_B
+        lora_As.append(lora_A)
+        lora_Bs.append(wide)
+    lora_A, lora_B = torch.cat(lora_As, dim=1), torch.cat(lora_Bs, dim=2)  # [E, R, in], [E, out, R]
+    module = row.parts[0].name.partition(".{e}")[0] + (".base_layer" if both and stack == _STACKS[0] else "")
+    found = {
+        f"{module}.lora_A": lora_A.flatten(0, 1),
+        f"{module}.lora_B": lora_B.permute(1, 2, 0).flatten(1),
+    }
+    return found, stack, lora_A.shape[1]
+
+
+def _peft_config(names: list[str], ranks: dict[str, int], config: LoraConfig, base: HfReader):
+    import peft
+
+    leaves: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        leaves[re.sub(r"^model\.layers\.\d+\.", "", name)].append(name)
+    modules, parameters = [], []
+    for leaf, full in leaves.items():
+        everywhere = len(full) == len(_layers_with(leaf, base.spec))
+        if leaf.startswith("self_attn."):
+            modules += [leaf.split(".")[1]] if everywhere else [name.removesuffix(".weight") for name in full]
+        else:
+            parameters += [leaf] if everywhere else full
+    other = {f"mlp.experts.{stack}": rank for stack, rank in ranks.items() if rank != config.r}
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base.path),
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        # PEFT refuses dropout beside target_parameters; it plays no part in using the adapter
+        lora_dropout=0.0 if parameters else config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=sorted(modules),
+        target_parameters=sorted(parameters) or None,
+        rank_pattern=other,
+        alpha_pattern={
+            name: config.scaling * (math.sqrt(rank) if config.use_rslora else rank) for name, rank in other.items()
+        },
+        inference_mode=True,
+    )
+
+
+def _layers_with(leaf: str, spec: ModelSpec) -> range:
+    if leaf.startswith("self_attn."):
+        return range(spec.num_layers)
+    moe = leaf.startswith(("mlp.experts.", "mlp.shared_experts."))
+    return range(spec.num_dense_layers, spec.num_layers) if moe else range(spec.num_dense_layers)
+
+
+class Merged:
+    """An HfReader: `base` with a PEFT adapter added to its weights, in fp32, rounded once to the base's dtype."""
+
+    def __init__(self, base: HfReader, adapter: str | Path):
+        self.base, self.spec, self.path = base, base.spec, base.path
+        self._directory = Path(adapter)
+        self._config = self._read_config()
+        self._factors = self._read_factors()
+
+    def _read_config(self) -> dict:
+        path = self._directory / CONFIG
+        if not path.is_file() or not (self._directory / WEIGHTS).is_file():
+            raise CheckpointError(f"{self._directory}: no {CONFIG} with {WEIGHTS} here; not a PEFT adapter.")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+            raise CheckpointError(f"{path}: only plain LoRA without bias can be merged.")
+        return config
+
+    def _read_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+        """HF tensor name → (lora_A [r, in], lora_B [out, r], scaling)."""
+        try:
+            tensors = load_file(self._directory / WEIGHTS)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._directory / WEIGHTS}: not a whole safetensors file ({error}).") from error
+        known, factors = set(self.base.names), {}
+        for key, lora_A in tensors.items():
+            if not key.endswith(".lora_A.weight"):
+                if not key.endswith(".lora_B.weight"):
+                    raise CheckpointError(f"{self._directory / WEIGHTS}: {key} is no LoRA weight.")
+                continue
+            module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            lora_B = tensors.get(key.replace(".lora_A.", ".lora_B."))
+            if lora_B is None:
+                raise CheckpointError(f"{self._directory / WEIGHTS}: {key} has no lora_B beside it.")
+            if module.endswith((".experts", ".experts.base_layer")):
+                factors |= self._of_stack(module, lora_A, lora_B, tensors)
+            else:
+                factors[f"{module}.weight"] = lora_A, lora_B, self._scaling(module, lora_A.shape[0])
+        for name, (lora_A, lora_B, _) in factors.items():
+            shape = (lora_B.shape[0], lora_A.shape[1])
+            if name not in known or self.base.shape(name) != shape:
+                what = f"has shape {self.base.shape(name)}" if name in known else "does not exist"
+                raise CheckpointError(f"{self._directory}: was made for another model: {name} [{shape}] {what} in {self.path}.")
+        return factors
+
+    def _of_stack(self, module: str, lora_A, lora_B, tensors: dict) -> dict:
+        front = module.removesuffix(".base_layer")
+        nested = f"{_PREFIX}{front}.base_layer.lora_A.weight" in tensors
+        if nested:
+            stack = _STACKS[0] if module.endswith(".base_layer") else _STACKS[1]
+        else:
+            targets = self._config.get("target_parameters") or []
+            stack = _STACKS[0] if any(target.endswith(_STACKS[0]) for target in targets) else _STACKS[1]
+        count = self.spec.num_moe_experts
+        rank = lora_A.shape[0] // count
+        scaling = self._scaling(f"{front}.{stack}", rank)
+        stacked_A, stacked_B = lora_A.view(count, rank, -1), lora_B.view(lora_B.shape[0], rank, count)
+        names = ("gate_proj", "up_proj") if stack == _STACKS[0] else ("down_proj",)
+        return {
+            f"{front}.{expert}.{name}.weight": (stacked_A[expert], half, scaling)
+            for expert in range(count)
+            for name, half in zip(names, stacked_B[:, :, expert].chunk(len(names)))
+        }
+
+    def _scaling(self, name: str, rank: int) -> float:
+        alpha = self._config["lora_alpha"]
+        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                alpha = value
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    @property
+    def names(self) -> list[str]:
+        return self.base.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(name)
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        tensor = self.base.read(name, first, last)
+        if name not in self._factors:
+            return tensor
+        lora_A, lora_B, scaling = self._factors[name]
+        return torch.addmm(tensor.float(), lora_B[first:last].float(), lora_A.float(), alpha=scaling).to(tensor.dtype)

@@ -1,0 +1,117 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked, a live line for the person."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from glm45_tune.errors import UserError
+from glm45_tune.recipe import Recipe
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise UserError when a tracker is asked for that is not installed."""
+    if recipe.logging.wandb_project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise UserError("logging.wandb_project is set, but wandb is not installed: pip install wandb.") from None
+
+
+class Metrics:
+    """Writes one JSON object a step. On resume, what an interrupted run wrote beyond its checkpoint is dropped."""
+
+    def __init__(self, run: Path, recipe: Recipe, first_step: int):
+        self._path = run / "metrics.jsonl"
+        kept = []
+        if first_step and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= first_step]
+        self._file = open(self._path, "w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+        self._board = self._wandb = None
+        if recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
+        if recipe.logging.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=recipe.logging.wandb_project,
+                dir=str(run),
+                name=run.name,
+                id=run.name,
+                resume="allow",
+                config=recipe.model_dump(),
+            )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        values = {key: value for key, value in values.items() if not math.isnan(value)}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board:
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _is_whole(line: str) -> bool:
+    return line.startswith("{") and line.endswith("}")
+
+
+class LiveLine:
+    """Progress on stderr: a bar that moves on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, first_step: int, num_steps: int, seconds_between_lines: float = 5.0):
+        self.console = Console(stderr=True)
+        self._num_steps, self._first = num_steps, first_step
+        self._wait, self._started, self._last = seconds_between_lines, time.monotonic(), 0.0
+        self._bar = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=num_steps, completed=first_step, text="")
+
+    def show(self, step: int, loss: float, tokens_per_second: float, memory_gib: float) -> None:
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {memory_gib:.1f} GiB"
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last >= self._wait or step == self._num_steps:
+            self._last = now
+            left = (now - self._started) / (step - self._first) * (self._num_steps - step)
+            print(f"step {step}/{self._num_steps}  {text}  {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,151 @@
+"""Everything about a run that can be known, or found wrong, before a rank is started."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from glm45_tune.conversion.stream import open_model
+from glm45_tune.conversion.hf_files import HfDir
+from glm45_tune.conversion.tensors import HfReader
+from glm45_tune.data.chat import ChatRenderer, Sample, load_tokenizer
+from glm45_tune.data.packing import BatchPlan, pack
+from glm45_tune.data.sources import load_samples
+from glm45_tune.errors import RecipeError, UserError
+from glm45_tune.layout import Layout
+from glm45_tune.recipe import Recipe
+from glm45_tune.training.metrics import check_trackers
+
+RECIPE_FILE = "recipe.yaml"
+RUN_FILE = "glm45_tune.json"
+
+
+@dataclass
+class Job:
+    """A checked run: the same on every rank."""
+
+    recipe: Recipe
+    layout: Layout
+    source: HfReader
+    pad_id: int
+    train_samples: list[Sample]
+    eval_samples: list[Sample]
+    train_rows: list[list[int]]
+    eval_rows: list[list[int]]
+    plan: BatchPlan
+    num_steps: int
+
+    @property
+    def run(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+
+def world_size(recipe: Recipe) -> int:
+    """Ranks of this job: torchrun's, else the recipe's, else every visible GPU, else the fewest the layout allows."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    import torch
+
+    return recipe.parallel.world_size or torch.cuda.device_count() or recipe.parallel.layout().world_size
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Check the recipe against the model, the ranks, the data and the output directory. Raises UserError."""
+    check_trackers(recipe)
+    layout = recipe.parallel.layout(world_size(recipe))
+    source = open_model(recipe.model.path)
+    if isinstance(source, HfDir):
+        source.check()
+    layout.check(source.spec)
+    if recipe.model.mtp_loss_scaling_factor and not source.spec.mtp_num_layers:
+        raise RecipeError(
+            f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
+        )
+    train = recipe.train
+    share = train.micro_batch_size * layout.data_parallel_size
+    if train.global_batch_size % share:
+        raise RecipeError(
+            f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
+            f"{train.micro_batch_size} × {layout.data_parallel_size} data-parallel ranks = {share}."
+        )
+    check_run_directory(recipe, source)
+    tokenizer = load_tokenizer(recipe.model.path)
+    data = recipe.data
+    renderer = ChatRenderer(tokenizer, data.enable_thinking, data.train_empty_think)
+    train_samples = load_samples(data.train, renderer, data.seq_length)
+    eval_samples = load_samples(data.eval, renderer, data.seq_length) if data.eval else []
+    if data.eval_ratio:
+        train_samples, eval_samples = _hold_out(train_samples, data.eval_ratio, train.seed)
+    rows = _rows(train_samples, recipe)
+    plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
+    return Job(
+        recipe,
+        layout,
+        source,
+        tokenizer.pad_token_id or 0,
+        train_samples,
+        eval_samples,
+        rows,
+        _rows(eval_samples, recipe),
+        plan,
+        train.steps or train.epochs * plan.steps_per_epoch,
+    )
+
+
+def _rows(samples: list[Sample], recipe: Recipe) -> list[list[int]]:
+    if not recipe.data.packing:
+        return [[index] for index in range(len(samples))]
+    return pack([len(sample.input_ids) for sample in samples], recipe.data.seq_length)
+
+
+def _hold_out(samples: list[Sample], ratio: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    held = max(1, round(len(samples) * ratio))
+    if held >= len(samples):
+        raise RecipeError(f"data.eval_ratio {ratio} of {len(samples)} rows leaves none to train on.")
+    chosen = set(np.random.default_rng(seed).permutation(len(samples))[:held].tolist())
+    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
+
+
+def fingerprint(source: HfReader) -> str:
+    """Tells models apart by their sizes and their final norm and first query weights, in either format; not by the directory."""
+    digest = hashlib.sha256(repr(source.spec).encode())
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"):
+        digest.update(source.read(name, 0, 64).contiguous().view(-1).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_run_directory(recipe: Recipe, source: HfReader) -> None:
+    """Raise UserError when output_dir holds something else than this run, or this run of another model."""
+    run = Path(recipe.output_dir)
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if not (run / RUN_FILE).is_file():
+        raise UserError(f"{run}: exists, is not empty and is no run of ours (no {RUN_FILE}). Choose another output_dir.")
+    facts = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    if facts.get("kind") != "run":
+        raise UserError(f"{run}: holds a {facts.get('kind')!r}, not a run. Choose another output_dir.")
+    if facts["fingerprint"] != fingerprint(source):
+        raise UserError(
+            f"{run}: is a run of another model ({facts['model']}); {recipe.model.path} cannot resume it. "
+            "Choose another output_dir."
+        )
+    wanted = recipe.lora.model_dump() if recipe.lora else None
+    if facts["lora"] != wanted:
+        raise UserError(f"{run}: was trained with lora {facts['lora']}; the recipe now says {wanted}. Choose another output_dir.")
+
+
+def open_run_directory(job: Job) -> None:
+    """Create the run directory and write what it is. Called by one rank."""
+    recipe = job.recipe
+    job.run.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "kind": "run",
+        "model": str(Path(recipe.model.path).resolve()),
+        "fingerprint": fingerprint(job.source),
+        "lora": recipe.lora.model_dump() if recipe.lora else None,
+    }
+    (job.run / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (job.run / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

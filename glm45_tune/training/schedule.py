@@ -1,0 +1,12 @@
+"""The learning rate as a function of the step."""
+
+import math
+
+
+def learning_rate(step: int, num_steps: int, lr: float, min_lr: float, warmup_ratio: float) -> float:
+    """Rate of step 0 … num_steps − 1: a line from 0 over the warm-up (its first step is not 0), then a cosine to min_lr."""
+    warmup = math.ceil(num_steps * warmup_ratio)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    progress = (step - warmup) / max(num_steps - 1 - warmup, 1)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
