@@ -170,14 +170,17 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top of each.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="Also write scores and every answer to this JSON file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Ask every question of a data file: share of exact answers, share that thinks."""
     from glm45_tune.chat.evaluate import evaluate as ask
     from glm45_tune.chat.evaluate import load_questions
-    from glm45_tune.chat.model import ChatModel
+    from glm45_tune.chat.model import ChatModel, check_model
 
     questions = {str(path): load_questions(str(path)) for path in data}
+    for path in models:
+        check_model(path)
     scores = []
     for path in models:
         model = ChatModel(path, adapter)
@@ -185,20 +188,25 @@ def evaluate(
             {"model": str(path), "data": file, **ask(model, asked, think, max_new_tokens).document()}
             for file, asked in questions.items()
         ]
+    document = json.dumps(scores, ensure_ascii=False)
+    if output:
+        output.write_text(document + "\n", encoding="utf-8")
     if as_json:
-        print(json.dumps(scores, ensure_ascii=False))
+        print(document)
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "data", "questions", "exact", "thinks", "for example")
+    table = Table("model", "data", "questions", "exact", "thinks")
+    for score in scores:
+        shares = f"{score['exact']:.0%}", f"{score['thinks']:.0%}"
+        table.add_row(score["model"], Path(score["data"]).name, str(score["num_questions"]), *shares)
+    console = Console()
+    console.print(table)
     for score in scores:
         row = score["rows"][0]
-        example = f"{row['question']} → {row['said'] or '(nothing)'}"
-        table.add_row(
-            score["model"], score["data"], str(score["num_questions"]), f"{score['exact']:.0%}", f"{score['thinks']:.0%}", example
-        )
-    Console().print(table)
+        thought = f" [dim]({row['thought']})[/dim]" if row["thought"] else ""
+        console.print(f"{score['model']}: {row['question']} →{thought} {row['said'] or '(nothing)'}")
 
 
 def _size(directory: Path) -> str:

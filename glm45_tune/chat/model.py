@@ -8,7 +8,7 @@ import torch
 
 from glm45_tune.data.chat import load_tokenizer
 from glm45_tune.errors import CheckpointError
-from glm45_tune.spec import load_spec
+from glm45_tune.spec import ModelSpec, load_spec
 
 _THOUGHT = re.compile(r"^\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 
@@ -29,13 +29,19 @@ class Answer:
         return _THOUGHT.sub("", self.text, count=1).strip()
 
 
+def check_model(model: str | Path) -> ModelSpec:
+    """Raise CheckpointError unless `model` is a Hugging Face directory of a GLM-4.5 model."""
+    spec = load_spec(model)
+    if not any(Path(model).glob("*.safetensors")):
+        raise CheckpointError(f"{model}: no safetensors here; convert a megatron checkpoint with --to-hf first.")
+    return spec
+
+
 class ChatModel:
     """Loads a Hugging Face directory, spread over the visible devices, with an adapter on top where one is given."""
 
     def __init__(self, model: str | Path, adapter: str | Path | None = None):
-        spec = load_spec(model)
-        if not any(Path(model).glob("*.safetensors")):
-            raise CheckpointError(f"{model}: no safetensors here; convert a megatron checkpoint with --to-hf first.")
+        spec = check_model(model)
         import transformers
 
         transformers.utils.logging.set_verbosity_error()  # it lists the MTP layer, which it does not use, as unexpected

@@ -1,0 +1,138 @@
+"""What tests share: tiny checkpoints, made once; a small corpus; ranks that run the same worker."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu(count): needs that many NVIDIA cards")
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("gpu"):
+        import torch
+
+        if torch.cuda.device_count() < mark.args[0]:
+            pytest.skip(f"needs {mark.args[0]} NVIDIA card(s), {torch.cuda.device_count()} here")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """name → directory of a tiny HF checkpoint: air, 355b, air-no-mtp, 355b-no-mtp, air-other (another seed)."""
+    from glm45_tune.tiny import checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    for like in ("air", "355b"):
+        checkpoint.write(root / like, like)
+        checkpoint.write(root / f"{like}-no-mtp", like, mtp=False)
+    checkpoint.write(root / "air-other", "air", seed=7)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A JSONL file of 24 conversations of very different lengths, some with two turns, some with thoughts."""
+    path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
+    rows = []
+    for number in range(24):
+        messages = [
+            {"role": "user", "content": f"第{number}个问题。" + "The weather? " * (number % 5)},
+            {"role": "assistant", "content": "答案 " * (1 + number % 7), "reasoning_content": "想一想。" * (number % 3)},
+        ]
+        if number % 4 == 0:
+            messages += [{"role": "user", "content": "再说。"}, {"role": "assistant", "content": f"好的 {number}。"}]
+        rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """megatron's parallel state for one rank in this process."""
+    from glm45_tune.layout import Layout
+    from glm45_tune.mcore import runtime
+
+    layout = Layout()
+    runtime.start(layout)
+    return layout
+
+
+def recipe_dict(checkpoint, train, output, /, **sections) -> dict:
+    """A small recipe in fp32; `sections` are merged over its own."""
+    recipe = {
+        "model": {"path": str(checkpoint), "params_dtype": "fp32"},
+        "data": {"train": str(train), "seq_length": 160},
+        "train": {"steps": 2, "global_batch_size": 4},
+        "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "warmup_ratio": 0.0},
+        "output_dir": str(output),
+    }
+    for name, section in sections.items():
+        recipe[name] = recipe.get(name, {}) | section
+    return recipe
+
+
+def run_ranks(world_size: int, script: Path, arguments: list[str], timeout: float = 600) -> None:
+    """Run a Python script once a rank; fails with the output of the rank that failed."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=max(1, deadline - time.monotonic()))
+            assert rank.returncode == 0, output[-4000:]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    return run_ranks
+
+
+@pytest.fixture(scope="session")
+def make_recipe():
+    return recipe_dict
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run the command line in this process: returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from glm45_tune import cli as command_line
+
+        monkeypatch.setattr(sys, "argv", ["glm45-tune", *map(str, arguments)])
+        code = 0
+        try:
+            command_line.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
