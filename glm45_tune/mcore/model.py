@@ -84,6 +84,7 @@ def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -
         moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
         moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
         mtp_num_layers=spec.mtp_num_layers if options.with_mtp and spec.mtp_num_layers else None,
         params_dtype=options.params_dtype,
         bf16=options.params_dtype == torch.bfloat16,

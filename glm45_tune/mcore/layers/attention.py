@@ -3,9 +3,12 @@
 Shapes: T tokens of a row (all documents), H query heads and G key/value heads of this tensor rank, D head size.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
@@ -64,6 +67,7 @@ class Attention(MegatronModule):
             input_is_parallel=True,
             **common,
         )
+        self.recompute = "core_attn" in (config.recompute_modules or []) and config.recompute_granularity == "selective"
         norm = RMSNorm if config.qk_layernorm else _no_norm
         self.q_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
         self.k_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
@@ -79,7 +83,11 @@ class Attention(MegatronModule):
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
-        context = packed_attention(query, key, value, packed_seq_params.bounds)
+        attend = partial(packed_attention, bounds=packed_seq_params.bounds)
+        if self.recompute and self.training:
+            context = checkpoint(attend, False, query, key, value)
+        else:
+            context = attend(query, key, value)
         return self.linear_proj(context.reshape(context.shape[0], 1, -1))
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
@@ -80,11 +81,18 @@ def sharded_experts(tensor: torch.Tensor, key: str, cut_dim: int | None, halves:
         return ShardedTensorFactory(key, tensor, gate_and_up, lambda parts: torch.cat(parts, dim=1), replica)
 
 
+def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up · prob, [N, 2F] and [N] → [N, F] in gate_up's dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
+
+
 class GroupedExperts(MegatronModule):
     """SwiGLU experts in megatron's place for `experts`; parameters `linear_fc1.weight` [E, 2F, hidden] and `linear_fc2`."""
 
     def __init__(self, num_local_experts, config, pg_collection=None, name=None):
         super().__init__(config)
+        self.recompute = "moe_act" in (config.recompute_modules or []) and config.recompute_granularity == "selective"
         etp = pg_collection.expt_tp.size()
         width = config.moe_ffn_hidden_size // etp
         self.linear_fc1 = GroupedLinear(
@@ -99,9 +107,11 @@ class GroupedExperts(MegatronModule):
 
         The weight multiplies the activation, before fc2: the same product, at a third of the width.
         """
-        gate, up = self.linear_fc1(x, counts).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-        hidden = (hidden * probs.unsqueeze(-1)).to(hidden.dtype)
+        gate_up = self.linear_fc1(x, counts)
+        if self.recompute and self.training:
+            hidden = checkpoint(weighted_swiglu, False, gate_up, probs)
+        else:
+            hidden = weighted_swiglu(gate_up, probs)
         return self.linear_fc2(hidden, counts), None
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
