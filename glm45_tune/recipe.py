@@ -129,8 +129,8 @@ class ParallelConfig(_Section):
 
 class OptimizerConfig(_Section):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    min_lr: NotNegative = 1e-5
-    """Where the cosine ends."""
+    min_lr: NotNegative | None = None
+    """Where the cosine ends; null: at a tenth of lr."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which lr rises from 0."""
     weight_decay: NotNegative = 0.0
@@ -142,7 +142,7 @@ class OptimizerConfig(_Section):
 
     @model_validator(mode="after")
     def _falls(self):
-        if self.min_lr > self.lr:
+        if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}")
         return self
 

@@ -118,7 +118,7 @@ class ChatRenderer:
             ends_turn = end < len(ids) and kinds[ids[end]] in ("user", "tool")
             mask[first : end + ends_turn] = [1.0] * (end + ends_turn - first)
         if not any(mask):
-            raise DataError("nothing in this row would be trained: it has no assistant message")
+            raise DataError("nothing in this row would be trained: no assistant message in it says anything")
         return ids, mask
 
 

@@ -80,7 +80,8 @@ def _train_step(job: Job, trainer: Trainer, step: int) -> dict[str, float]:
     members = [job.train_samples[index] for row in plan.rows_of_step(step) for index in job.train_rows[row]]
     denominators = total_weights(members, trainer.num_predictions)
     microbatches = plan.microbatches(step, trainer.data_parallel_rank)
-    lr = learning_rate(step, job.num_steps, options.lr, options.min_lr, options.warmup_ratio)
+    lowest = options.lr / 10 if options.min_lr is None else options.min_lr
+    lr = learning_rate(step, job.num_steps, options.lr, lowest, options.warmup_ratio)
     batches: Iterator[Batch] = _batches(job.train_samples, job.train_rows, microbatches, job, trainer)
     result: StepResult = trainer.train(batches, len(microbatches), denominators.tolist(), lr)
     seconds = time.perf_counter() - started

@@ -1,0 +1,106 @@
+"""What a user can get wrong ends with exit 2 and one clear sentence, before a rank starts, and leaves nothing behind."""
+
+import json
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def train(checkpoints, corpus, make_recipe, tmp_path, cli):
+    """Train with changes to a good recipe; returns (exit code, stderr)."""
+
+    def run(change=lambda recipe: None, overrides=()):
+        recipe = make_recipe(checkpoints["air"], corpus, tmp_path / "run")
+        change(recipe)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        code, _, err = cli("train", path, *overrides)
+        return code, err
+
+    return run
+
+
+def _set(**sections):
+    def change(recipe):
+        for section, values in sections.items():
+            if isinstance(values, dict):
+                recipe.setdefault(section, {}).update(values)
+            else:
+                recipe[section] = values
+
+    return change
+
+
+FAULTS = {
+    "unknown key": (_set(parallel={"tensor_parallel": 2}), ["parallel.tensor_parallel: unknown key", "tensor_model_parallel_size"]),
+    "wrong type": (_set(train={"steps": "many"}), ["train.steps", "'many'"]),
+    "experts not divisible": (_set(parallel={"expert_model_parallel_size": 3}), ["3 does not divide the 8 experts", "1, 2, 4, 8"]),
+    "ranks not divisible": (
+        _set(parallel={"tensor_model_parallel_size": 2, "world_size": 3}),
+        ["tensor 2 × pipeline 1 = 2 does not divide the 3 ranks"],
+    ),
+    "batch not divisible": (_set(train={"global_batch_size": 3}, parallel={"world_size": 2}), ["global_batch_size 3", "multiple"]),
+    "no model": (_set(model={"path": "/nowhere/GLM"}), ["/nowhere/GLM: no such directory"]),
+    "no data": (_set(data={"train": "/nowhere/train.jsonl"}), ["/nowhere/train.jsonl: no such file"]),
+    "rows too long": (_set(data={"seq_length": 8}), [".jsonl:1:", "data.seq_length 8"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_recipe(train, tmp_path, fault):
+    change, words = FAULTS[fault]
+    code, err = train(change)
+    assert code == 2, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_a_bad_override(train):
+    assert train(overrides=["optimizer.lr"])[0] == 2
+    code, err = train(overrides=["train.global_batchsize=2"])
+    assert code == 2 and "train.global_batch_size" in err
+
+
+def test_mtp_asked_of_a_model_without(train, checkpoints):
+    code, err = train(_set(model={"path": str(checkpoints["air-no-mtp"]), "mtp_loss_scaling_factor": 0.1}))
+    assert code == 2 and "has no MTP layer" in err
+
+
+def test_bad_rows_are_named_before_ranks_start(train, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    good = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    path.write_text(json.dumps(good) + "\n{oops\n" + json.dumps({"messages": [{"role": "bot", "content": ""}]}) + "\n")
+    code, err = train(_set(data={"train": str(path)}, parallel={"world_size": 2}))
+    assert code == 2 and f'{path}:3: messages[0].role is "bot"' in err or f"{path}:2: not JSON" in err
+    assert "rank" not in err.replace("ranks", "")
+
+
+def test_a_directory_that_is_no_run_is_kept(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("precious")
+    code, err = train()
+    assert code == 2 and "no run of ours" in err and (tmp_path / "run" / "notes.txt").read_text() == "precious"
+
+
+def test_another_model_or_another_lora_cannot_resume(train, checkpoints):
+    assert train()[0] == 0
+    code, err = train(_set(model={"path": str(checkpoints["air-other"])}))
+    assert code == 2 and "a run of another model" in err
+    code, err = train(_set(lora={"r": 4}))
+    assert code == 2 and "was trained with lora None" in err
+
+
+def test_export_of_nothing(cli, tmp_path, checkpoints):
+    code, _, err = cli("export", tmp_path, "--output", tmp_path / "out")
+    assert code == 2 and "not a run of ours" in err
+    code, _, err = cli("export", checkpoints["air"], "--output", tmp_path / "out")
+    assert code == 2 and "not a run" in err and not (tmp_path / "out").exists()
+
+
+def test_convert_wants_one_direction(cli, tmp_path, checkpoints):
+    code, _, err = cli("convert", "--model", checkpoints["air"], "--output", tmp_path / "out")
+    assert code == 2 and "--to-mcore or --to-hf" in err
+    code, _, err = cli("chat", tmp_path)
+    assert code == 2 and "no config.json" in err

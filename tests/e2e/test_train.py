@@ -1,0 +1,150 @@
+"""Runs through the public commands: what a person types, what stands there afterwards, and what happens when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glm45_tune.conversion.stream import open_model
+from glm45_tune.conversion.verify import compare
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "glm45_tune", *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def write_recipe(checkpoints, corpus, make_recipe, tmp_path):
+    def write(name="recipe", model="air", **sections) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(make_recipe(checkpoints[model], corpus, tmp_path / name, **sections)))
+        return path
+
+    return write
+
+
+LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
+
+
+def test_two_ranks_train_with_everything_on_and_the_run_can_be_read(write_recipe, tmp_path, checkpoints):
+    """Our own launch; expert parallel, MTP, aux loss, recompute, held-out rows, TensorBoard; then a merged export."""
+    recipe = write_recipe(
+        model="355b",
+        **LORA,
+        parallel={"expert_model_parallel_size": 2},
+        data={"eval_ratio": 0.2},
+        train={"steps": 4, "eval_interval": 2, "save_interval": 2, "recompute_granularity": "selective"},
+        logging={"tensorboard": True},
+    )
+    document = yaml.safe_load(recipe.read_text())
+    document["model"] |= {"mtp_loss_scaling_factor": 0.1, "moe_aux_loss_coeff": 1e-3}
+    recipe.write_text(yaml.safe_dump(document))
+    ended = command("train", recipe)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "2 ranks on cpu" in ended.stderr and "step 4/4" in ended.stderr
+    run = tmp_path / "recipe"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = {
+        "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/trained_tokens", "train/aux_loss",
+        "train/mtp_loss", "perf/step_seconds", "perf/tokens_per_second_per_gpu", "perf/peak_memory_gib", "data/fill_ratio",
+        "moe/expert_load_max_over_mean",
+    }  # fmt: skip
+    assert wanted <= lines[0].keys()
+    assert [("eval/loss" in line) for line in lines] == [False, True, False, True]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] and lines[0]["train/grad_norm"] > 0
+    assert 1 <= lines[0]["moe/expert_load_max_over_mean"] <= 8 and lines[0]["train/aux_loss"] > 0.5
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    assert (run / "adapter" / "adapter_config.json").is_file() and list((run / "tensorboard").iterdir())
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["lora"]["r"] == 4
+
+    assert command("export", run, "--output", tmp_path / "merged").returncode == 0
+    base, merged = open_model(checkpoints["355b"]), open_model(tmp_path / "merged")
+    changed = {difference["name"] for difference in compare(base, merged).differences}
+    assert "model.layers.4.mlp.experts.7.down_proj.weight" in changed and "model.layers.5.self_attn.q_proj.weight" in changed
+    assert not any("norm" in name or "gate.weight" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_killed_between_two_steps_ends_as_if_it_had_not_been(write_recipe, tmp_path, kind):
+    """kill −9 of one rank; the same command again; equal losses, step for step."""
+    sections = {**(LORA if kind == "lora" else {}), "train": {"steps": 8, "save_interval": 3}}
+    sections["parallel"] = {"expert_model_parallel_size": 2}
+    assert command("train", write_recipe("whole", **sections)).returncode == 0
+    recipe = write_recipe("killed", **sections)
+    started = subprocess.Popen([sys.executable, "-m", "glm45_tune", "train", str(recipe)], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert time.monotonic() < deadline and started.poll() is None
+        time.sleep(0.02)
+    ranks = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert started.wait(timeout=60) == 1  # one rank gone ends them all
+    started.stderr.close()
+    again = command("train", recipe)
+    assert again.returncode == 0 and "resumed after step 3" in again.stderr or "resumed after step 6" in again.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp_path):
+    """Steps 1–3 under expert parallel 2, 4–6 by torchrun under pipeline 2: the losses of one layout, 1e-5 relative."""
+    whole = write_recipe("whole", **LORA, train={"steps": 6})
+    assert command("train", whole).returncode == 0
+    recipe = write_recipe("moved", **LORA, train={"steps": 6, "save_interval": 3}, parallel={"expert_model_parallel_size": 2})
+    assert command("train", recipe).returncode == 0
+    run = tmp_path / "moved"
+    for path in (run / "checkpoints" / "step_000006").iterdir():
+        path.unlink()  # as if it had been stopped after step 3
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "glm45_tune"]
+    layout = ["parallel.expert_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
+    ended = subprocess.run([*torchrun, "train", str(recipe), *layout], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for a, b in zip(losses(run), losses(tmp_path / "whole"), strict=True):
+        assert abs(a / b - 1) <= 1e-5
+
+
+def test_a_merged_export_answers_and_chat_streams_it(checkpoints, tmp_path):
+    ended = command("chat", checkpoints["air"], "--prompt", "你好", "--no-think", "--max-new-tokens", "8")
+    assert ended.returncode == 0 and ended.stdout.strip()
+    data = ROOT / "data_examples" / "seats_new_phrasing.jsonl"
+    ended = command("eval", checkpoints["air"], "--data", data, "--max-new-tokens", "4", "--json")
+    (score,) = json.loads(ended.stdout)
+    assert score["num_questions"] == 34 and score["exact"] == 0.0 and len(score["rows"]) == 34
+
+
+def test_wandb_offline_or_a_clear_sentence(write_recipe, tmp_path, cli):
+    recipe = write_recipe(logging={"wandb_project": "glm"})
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        code, _, err = cli("train", recipe)
+        assert code == 2 and "pip install wandb" in err
+        return
+    ended = command("train", recipe, WANDB_MODE="offline")
+    assert ended.returncode == 0 and list((tmp_path / "recipe" / "wandb").glob("offline-run-*"))
+
+
+def test_without_wandb_the_sentence_is_clear(write_recipe, cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = cli("train", write_recipe(logging={"wandb_project": "glm"}))
+    assert code == 2 and "pip install wandb" in err and "Traceback" not in err

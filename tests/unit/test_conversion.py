@@ -1,0 +1,254 @@
+"""HF → megatron → HF: every byte of every tensor; and every way a checkpoint can be wrong has a name."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from glm45_tune.conversion import stream
+from glm45_tune.conversion.hf_files import INDEX, HfDir, write_hf
+from glm45_tune.conversion.mcore_files import McoreDir
+from glm45_tune.conversion.names import Row, rows
+from glm45_tune.conversion.stream import convert, open_model
+from glm45_tune.conversion.tensors import read_row, split_row
+from glm45_tune.conversion.verify import compare
+from glm45_tune.errors import CheckpointError
+from glm45_tune.spec import ModelSpec
+from glm45_tune.tiny import checkpoint as tiny
+
+
+@pytest.mark.parametrize("like", ["air", "355b", "air-no-mtp", "355b-no-mtp"])
+@pytest.mark.parametrize("dialect", ["hybrid", "gpt"])
+def test_round_trip_is_bit_exact(checkpoints, tmp_path, like, dialect):
+    convert(checkpoints[like], tmp_path / "mcore", "mcore", dialect, verify=False)
+    assert open_model(tmp_path / "mcore").dialect == dialect
+    convert(tmp_path / "mcore", tmp_path / "hf", "hf", verify=False)
+    before, after = HfDir(checkpoints[like]), HfDir(tmp_path / "hf")
+    assert set(before.names) == set(after.names)
+    for name in before.names:
+        a, b = before.read(name), after.read(name)
+        assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+    assert json.loads((checkpoints[like] / "config.json").read_text()) == json.loads((tmp_path / "hf/config.json").read_text())
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (checkpoints[like] / name).read_bytes()
+
+
+def _flip_a_bit(directory):
+    """In the weights of a torch_dist directory, well inside some tensor."""
+    path = next(path for path in sorted(directory.glob("*.distcp")) if path.stat().st_size > 100_000)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_sees_one_flipped_bit(checkpoints, tmp_path, cli):
+    convert(checkpoints["air"], tmp_path / "mcore", "mcore")
+    assert cli("verify", checkpoints["air"], tmp_path / "mcore")[0] == 0
+    _flip_a_bit(tmp_path / "mcore")
+    code, out, err = cli("verify", checkpoints["air"], tmp_path / "mcore", "--json")
+    assert code in (2, 3)  # a zip container notices some flips itself: then the file is named as damaged
+    assert "damaged" in err or len(json.loads(out)["differences"]) == 1
+
+
+def test_a_wrong_table_fails_verification(checkpoints, tmp_path, cli, monkeypatch):
+    """The twin of the round trip: gate and up exchanged while writing must not pass."""
+
+    def exchanged(row: Row, source, first=0, last=None, expert=None):
+        tensor = read_row(row, source, first, last, expert)
+        return torch.cat(tensor.chunk(2)[::-1]) if "linear_fc1.weight" in row.hybrid else tensor
+
+    monkeypatch.setattr(stream, "read_row", exchanged)
+    code, _, err = cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", tmp_path / "out")
+    assert code == 3 and "gate_proj" in err and "of 135 tensors differ" in err
+    assert not (tmp_path / "out").exists()
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "num_hidden_layers": st.integers(1, 4),
+        "hidden_size": st.sampled_from([8, 24, 40]),
+        "intermediate_size": st.integers(1, 30),
+        "moe_intermediate_size": st.integers(1, 20),
+        "num_key_value_heads": st.sampled_from([1, 2, 3]),
+        "head_dim": st.sampled_from([4, 6]),
+        "n_routed_experts": st.integers(2, 7),
+        "n_shared_experts": st.integers(1, 2),
+        "num_nextn_predict_layers": st.integers(0, 2),
+        "use_qk_norm": st.booleans(),
+        "attention_bias": st.booleans(),
+        "vocab_size": st.integers(3, 50),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=sizes, dense=st.integers(0, 4), heads=st.integers(1, 3), shard=st.integers(200, 20_000), gpt=st.booleans())
+def test_round_trip_of_any_sizes(tmp_path_factory, sizes, dense, heads, shard, gpt):
+    """Random sizes, shard cuts and dialects: every byte comes back."""
+    root = tmp_path_factory.mktemp("any")
+    config = tiny.config("air", True, sizes["vocab_size"], [0]) | sizes
+    config |= {
+        "first_k_dense_replace": min(dense, config["num_hidden_layers"]),
+        "num_attention_heads": heads * sizes["num_key_value_heads"],
+        "num_experts_per_tok": 1,
+    }
+    (root / "hf").mkdir()
+    (root / "hf" / "config.json").write_text(json.dumps(config))
+    source = tiny.RandomModel(ModelSpec.from_config(config, "config.json"), 1)
+    write_hf(root / "hf", source, source.names, shard)
+    convert(root / "hf", root / "mcore", "mcore", "gpt" if gpt else "hybrid", verify=False)
+    convert(root / "mcore", root / "back", "hf", verify=False)
+    assert not compare(HfDir(root / "hf"), HfDir(root / "back")).differences
+    shutil.rmtree(root)
+
+
+def test_slices_are_the_merged_tensors_slices(checkpoints):
+    """What a rank reads is what it would cut from the whole."""
+    source = HfDir(checkpoints["355b"])
+    for row in rows(source.spec)[:30]:
+        expert = 0 if row.num_experts else None
+        whole = read_row(row, source, expert=expert)
+        for first, last in ((0, len(whole)), (1, len(whole)), (len(whole) // 3, 2 * len(whole) // 3 + 1)):
+            assert torch.equal(read_row(row, source, first, last, expert), whole[first:last])
+        for name, part in zip(row.hf_names(expert), split_row(row, whole)):
+            assert torch.equal(part, source.read(name))
+
+
+def test_megatron_slices_across_chunks(checkpoints, tmp_path):
+    convert(checkpoints["air"], tmp_path / "mcore", "mcore")
+    files = McoreDir(tmp_path / "mcore")
+    key = "decoder.layers.3.mlp.experts.experts.linear_fc1.weight"
+    whole = files.read_key(key)
+    assert torch.equal(files.read_key(key, (2, 5, 3), (4, 50, 100)), whole[2:6, 5:55, 3:103])
+
+
+@pytest.fixture
+def broken(checkpoints, tmp_path):
+    """A copy of the Air-like checkpoint to break."""
+    return shutil.copytree(checkpoints["air"], tmp_path / "broken")
+
+
+def _edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _edit_tensors(directory, edit):
+    """Rewrite the shard that holds the first layer's o_proj; `edit` changes its dict of tensors."""
+    index = json.loads((directory / INDEX).read_text())
+    shard = index["weight_map"]["model.layers.0.self_attn.o_proj.weight"]
+    tensors = load_file(directory / shard)
+    names = set(tensors)
+    edit(tensors)
+    save_file(tensors, directory / shard)
+    for name in names - tensors.keys():
+        del index["weight_map"][name]
+    index["weight_map"] |= dict.fromkeys(tensors, shard)
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+def _truncate(directory):
+    path = sorted(directory.glob("*.safetensors"))[2]
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+FAULTS = {
+    "no config": (lambda d: (d / "config.json").unlink(), ["no config.json"]),
+    "another model": (lambda d: _edit_config(d, model_type="llama"), ["llama", "glm4_moe"]),
+    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    "absent shard": (
+        lambda d: (d / "model-00002-of-00006.safetensors").unlink(),
+        ["model-00002-of-00006.safetensors", "not in"],
+    ),
+    "truncated shard": (_truncate, ["model-00003-of-00006.safetensors", "not a whole safetensors file"]),
+    "missing tensor": (lambda d: _edit_tensors(d, lambda t: t.pop(O_PROJ)), [O_PROJ, "missing"]),
+    "unknown tensor": (
+        lambda d: _edit_tensors(d, lambda t: t.update({"model.layers.0.mlp.foo.weight": torch.ones(2)})),
+        ["model.layers.0.mlp.foo.weight", "no place"],
+    ),
+    "renamed tensor": (
+        lambda d: _edit_tensors(d, lambda t: t.update({O_PROJ.replace("o_proj", "out"): t.pop(O_PROJ)})),
+        [O_PROJ, "missing"],
+    ),
+    "wrong shape": (lambda d: _edit_tensors(d, lambda t: t.update({O_PROJ: t[O_PROJ][:64].clone()})), [O_PROJ, "(64, 256)"]),
+    "dtypes mixed": (
+        lambda d: _edit_tensors(
+            d, lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].float()})
+        ),
+        ["differ in dtype", "q_proj"],
+    ),
+    "experts disagree": (lambda d: _edit_config(d, n_routed_experts=6), ["6"]),
+    "MTP promised, absent": (lambda d: _edit_config(d, num_nextn_predict_layers=2), ["model.layers.4.", "missing"]),
+    "index lies": (
+        lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("model-00001-of", "model-00002-of", 1)),
+        ["does not hold it"],
+    ),
+    "no index": (lambda d: (d / INDEX).unlink(), [INDEX]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_nothing_is_written(broken, tmp_path, cli, fault):
+    edit, words = FAULTS[fault]
+    edit(broken)
+    code, _, err = cli("convert", "--to-mcore", "--model", broken, "--output", tmp_path / "out")
+    assert code == 2, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_copy_that_differs_is_an_error(broken, tmp_path):
+    index = json.loads((broken / INDEX).read_text())
+    name = "model.layers.3.embed_tokens.weight"
+    shard = broken / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match="embed_tokens.*must repeat"):
+        convert(broken, tmp_path / "out", "mcore")
+
+
+def test_a_directory_that_is_not_ours_is_kept(checkpoints, tmp_path, cli):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    code, _, err = cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", tmp_path / "out")
+    assert code == 2 and "not ours" in err and (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+    convert(checkpoints["air"], tmp_path / "ours", "mcore")
+    convert(checkpoints["air-other"], tmp_path / "ours", "mcore")  # our own is replaced
+    assert not compare(HfDir(checkpoints["air-other"]), McoreDir(tmp_path / "ours")).differences
+
+
+def test_metadata_with_code_in_it_is_refused(checkpoints, tmp_path):
+    import pickle
+
+    convert(checkpoints["air"], tmp_path / "mcore", "mcore")
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    (tmp_path / "mcore" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="no place in a checkpoint's metadata"):
+        McoreDir(tmp_path / "mcore")
+
+
+def test_the_same_seed_writes_the_same_checkpoint(checkpoints, tmp_path):
+    tiny.write(tmp_path / "again", "air")
+    report = compare(HfDir(checkpoints["air"]), HfDir(tmp_path / "again"))
+    assert not report.differences
+    assert compare(HfDir(checkpoints["air"]), HfDir(checkpoints["air-other"])).differences
+    values = np.concatenate([HfDir(tmp_path / "again").read(n).float().view(-1) for n in report_names(tmp_path / "again")])
+    assert values.std() > 0  # norms and biases are drawn too
+
+
+def report_names(directory):
+    return [name for name in HfDir(directory).names if name.endswith(("layernorm.weight", ".bias", "correction_bias"))]

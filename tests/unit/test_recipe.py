@@ -1,0 +1,101 @@
+"""Recipes are strict, and say everything that is wrong at once."""
+
+from pathlib import Path
+
+import pytest
+
+from glm45_tune.errors import LayoutError, RecipeError
+from glm45_tune.layout import Layout
+from glm45_tune.recipe import Recipe
+from glm45_tune.spec import load_spec
+
+ROOT = Path(__file__).parents[2]
+BASE = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"epochs": 1}, "output_dir": "o"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_says_what_it_is(path):
+    Recipe.load(path)
+    header = path.read_text(encoding="utf-8").splitlines()[0]
+    assert header.startswith("# ") and "glm45-tune train recipes/" + path.name in path.read_text(encoding="utf-8")
+
+
+def test_a_resolved_recipe_is_the_same_recipe(tmp_path):
+    recipe = Recipe.load(ROOT / "recipes" / "tiny_lora.yaml", ["optimizer.lr=5e-5", "lora.target_modules=[q_proj]"])
+    assert recipe.optimizer.lr == 5e-5 and recipe.lora.target_modules == ["q_proj"]
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(tmp_path / "r.yaml") == recipe
+
+
+FAULTS = [
+    ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel: unknown key", "parallel.tensor_model_parallel_size"]),
+    ({"modell": {}}, ["modell: unknown key", "model"]),
+    ({"train": {"epochs": 1, "steps": 2}}, ["train", "either epochs or steps"]),
+    ({"train": {"epochs": 0}}, ["train.epochs", "greater than 0"]),
+    ({"data": {"train": "d", "seq_length": "long"}}, ["data.seq_length", "'long'"]),
+    ({"data": {"train": 5}}, ["data.train", "5"]),
+    ({"lora": {"target_modules": ["wq"]}}, ["lora.target_modules", "'wq'", "linear_qkv", "q_proj", "all-linear"]),
+    ({"lora": {"target_modules": []}}, ["lora.target_modules", "empty"]),
+    ({"lora": {"r": -1}}, ["lora.r"]),
+    ({"optimizer": {"lr": 0}}, ["optimizer.lr", "greater than 0"]),
+    ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, ["optimizer", "min_lr 1e-05 exceeds lr"]),
+    ({"model": {"path": "m", "params_dtype": "fp16"}}, ["model.params_dtype", "'bf16' or 'fp32'", "'fp16'"]),
+    ({"data": {"train": "d", "eval": "e", "eval_ratio": 0.1}}, ["data", "eval and eval_ratio"]),
+]
+
+
+@pytest.mark.parametrize("change, words", FAULTS, ids=[str(change) for change, _ in FAULTS])
+def test_a_fault_is_named(change, words):
+    with pytest.raises(RecipeError) as fault:
+        Recipe.from_dict(BASE | change)
+    for word in words:
+        assert word in str(fault.value)
+
+
+def test_all_faults_come_in_one_message():
+    with pytest.raises(RecipeError) as fault:
+        Recipe.from_dict({"lora": {"rank": 1}, "optimizer": {"lr": -1}})
+    lines = str(fault.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["model", "data", "output_dir", "lora.rank", "optimizer.lr", "train"]
+
+
+def test_targets_by_either_name():
+    def targets(names, module):
+        return Recipe.from_dict(BASE | {"lora": {"target_modules": names}}).lora.targets_of(module)
+
+    qkv, shared = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.3.mlp.shared_experts.linear_fc1"
+    assert targets("all-linear", qkv) == ["linear_qkv"] and targets("all-linear", shared) == ["linear_fc1"]
+    assert targets(["v_proj", "q_proj"], qkv) == ["q_proj", "v_proj"]
+    assert targets(["self_attn.q_proj"], qkv) == ["q_proj"]
+    assert targets(["linear_qkv", "q_proj"], qkv) == ["linear_qkv"]
+    assert targets(["shared_experts.linear_fc1"], shared) == ["linear_fc1"]
+    assert targets(["shared_experts.linear_fc1"], "decoder.layers.0.mlp.linear_fc1") == []
+    assert targets(["up_proj"], shared) == ["up_proj"]
+
+
+def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
+    spec = load_spec(checkpoints["air"])
+    faults = {
+        Layout(expert_model_parallel_size=3, world_size=3): "expert_model_parallel_size 3 does not divide the 8 experts; allowed: 1, 2, 4, 8",
+        Layout(tensor_model_parallel_size=4, world_size=4): "does not divide the 2 query groups",
+        Layout(2, 4, world_size=12): "tensor 2 × pipeline 4 = 8 does not divide the 12 ranks of this job. Use a multiple of 8 ranks",
+        Layout(pipeline_model_parallel_size=4, world_size=4): "exceeds the 3 layers",
+    }
+    for layout, words in faults.items():
+        with pytest.raises(LayoutError) as fault:
+            layout.check(spec)
+        assert words in str(fault.value)
+
+
+@pytest.mark.parametrize("num_layers, mtp, stages", [(46, 1, 8), (92, 1, 16), (92, 0, 7), (3, 1, 3), (5, 1, 2), (2, 1, 2), (1, 1, 1)])
+def test_stages_cover_every_layer_once_and_evenly(checkpoints, num_layers, mtp, stages):
+    import dataclasses
+
+    spec = dataclasses.replace(load_spec(checkpoints["air"]), num_layers=num_layers, num_dense_layers=1, mtp_num_layers=mtp)
+    layout = Layout(pipeline_model_parallel_size=stages, world_size=stages)
+    sizes = layout.stage_layers(spec, with_mtp=bool(mtp))
+    assert sum(sizes) == num_layers and len(sizes) == stages and min(sizes) >= 1
+    assert max(sizes) - min([*sizes[:-1], sizes[-1] + mtp]) <= 1
+    pattern = layout.hybrid_pattern(spec, bool(mtp))
+    assert pattern.replace("|", "") == "*-" + "*E" * (num_layers - 1) + "/*E" * mtp
+    assert pattern.count("|") == stages - 1
