@@ -14,6 +14,7 @@ _PUBLIC = {
     "export": "glm45_tune.hub.export",
 }
 __all__ = list(_PUBLIC)
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

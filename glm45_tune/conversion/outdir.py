@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import glm45_tune
 from glm45_tune.errors import UserError
 
 MARKER = "glm45_tune.json"
@@ -33,7 +34,7 @@ def whole(output: str | Path, kind: str, **facts: object) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        versions = {name: importlib.metadata.version(name) for name in ("glm45_tune", "torch")}
+        versions = {"glm45_tune": glm45_tune.__version__, "torch": importlib.metadata.version("torch")}
         marker = {"kind": kind, "versions": versions, **facts}
         (staging / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except BaseException:
