@@ -1,8 +1,8 @@
 """Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core.
 
-    from glm45_tune import Recipe, train, export
-    train(Recipe.load("recipes/tiny_lora.yaml"))
-    export("runs/tiny_lora", "exports/tiny_lora")
+from glm45_tune import Recipe, train, export
+train(Recipe.load("recipes/tiny_lora.yaml"))
+export("runs/tiny_lora", "exports/tiny_lora")
 """
 
 from importlib import import_module

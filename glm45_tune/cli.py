@@ -75,7 +75,9 @@ def convert(
     to_mcore: Annotated[bool, typer.Option("--to-mcore", help="Hugging Face → megatron torch_dist.")] = False,
     to_hf: Annotated[bool, typer.Option("--to-hf", help="megatron torch_dist → Hugging Face.")] = False,
     dialect: Annotated[Dialect, typer.Option(help="Of --to-mcore: HybridModel's names, or GPTModel's.")] = Dialect.hybrid,
-    adapter: Annotated[Path | None, typer.Option(help="Of --to-hf: a PEFT adapter, or a run that made one, to merge in.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Of --to-hf: a PEFT adapter, or a run that made one, to merge in.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare every byte.")] = True,
 ) -> None:
     """Convert a checkpoint, MTP layer and all, and prove it byte for byte."""
@@ -94,7 +96,9 @@ def convert(
 def verify(
     a: Annotated[Path, typer.Argument(help="A checkpoint, either format.")],
     b: Annotated[Path, typer.Argument(help="Another.")],
-    forward: Annotated[bool, typer.Option("--forward", help="Compare what the models compute: A in transformers, B here.")] = False,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Compare what the models compute: A in transformers, B here.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Are two checkpoints the same model? Names, shapes, dtypes and bytes; exit 3 when they differ."""
@@ -138,7 +142,9 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="A run's output_dir.")],
     output: Annotated[Path, typer.Option(help="Directory to write; appears when it is whole.")],
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The PEFT adapter instead of a merged model.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="The PEFT adapter instead of a merged model.")
+    ] = False,
     step: Annotated[int | None, typer.Option(help="Which checkpoint; the last complete one by default.")] = None,
 ) -> None:
     """Write a run's result as a Hugging Face model (adapter merged) or as a PEFT adapter."""
@@ -166,7 +172,9 @@ def chat(
 @app.command(name="eval")
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Hugging Face directories, shown side by side.")],
-    data: Annotated[list[Path], typer.Option(help="JSONL of conversations; the last answer is what is wanted. May be repeated.")],
+    data: Annotated[
+        list[Path], typer.Option(help="JSONL of conversations; the last answer is what is wanted. May be repeated.")
+    ],
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top of each.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,

@@ -25,9 +25,7 @@ class Layout:
     @property
     def expert_ranks(self) -> int:
         """Ranks that one replica of the experts takes."""
-        return (
-            self.expert_tensor_parallel_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
-        )
+        return self.expert_tensor_parallel_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def smallest_world_size(self) -> int:

@@ -8,9 +8,7 @@ from rich.console import Console
 from glm45_tune.chat.model import Answer, ChatModel
 
 
-def talk(
-    model: str | Path, adapter: str | Path | None, think: bool | None, prompt: str | None, max_new_tokens: int
-) -> None:
+def talk(model: str | Path, adapter: str | Path | None, think: bool | None, prompt: str | None, max_new_tokens: int) -> None:
     """Ask `prompt` once, or read questions until an empty line. Answers go to stdout as they are written."""
     chat = ChatModel(model, adapter)
     console, messages = Console(stderr=True), []

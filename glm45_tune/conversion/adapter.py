@@ -176,7 +176,9 @@ class Merged:
             shape = (lora_B.shape[0], lora_A.shape[1])
             if name not in known or self.base.shape(name) != shape:
                 what = f"has shape {self.base.shape(name)}" if name in known else "does not exist"
-                raise CheckpointError(f"{self._directory}: was made for another model: {name} [{shape}] {what} in {self.path}.")
+                raise CheckpointError(
+                    f"{self._directory}: was made for another model: {name} [{shape}] {what} in {self.path}."
+                )
         return factors
 
     def _of_stack(self, module: str, lora_A, lora_B, tensors: dict) -> dict:

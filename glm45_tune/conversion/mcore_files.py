@@ -28,7 +28,6 @@ from glm45_tune.conversion.tensors import split_row
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 
-
 COMMON = "common_state/shard_0_1"  # where megatron keeps what is not a tensor
 
 
@@ -58,7 +57,9 @@ class TorchDistFiles:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / ".metadata").is_file():
-            raise CheckpointError(f"{self.path}: no .metadata here; not a megatron torch_dist checkpoint, or an incomplete one.")
+            raise CheckpointError(
+                f"{self.path}: no .metadata here; not a megatron torch_dist checkpoint, or an incomplete one."
+            )
         try:
             with open(self.path / ".metadata", "rb") as file:
                 metadata = _MetadataUnpickler(file).load()

@@ -18,7 +18,9 @@ def check_free(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: exists and is a file. Choose another output directory.")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise UserError(f"{output}: exists, is not empty and holds no {MARKER}, so it is not ours to replace. Choose another.")
+        raise UserError(
+            f"{output}: exists, is not empty and holds no {MARKER}, so it is not ours to replace. Choose another."
+        )
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ def total_bytes(source: HfReader) -> int:
     return sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.names)
 
 
-def to_mcore(source: HfReader, output: str | Path, dialect: str = "hybrid", verify: bool = True, tick: Tick = lambda n: None):
+def to_mcore(
+    source: HfReader, output: str | Path, dialect: str = "hybrid", verify: bool = True, tick: Tick = lambda n: None
+):
     """Write `source` as a torch_dist checkpoint that megatron-core loads under any layout.
 
     Raises CheckpointError on tensors that are not this model's, VerificationError when what was written differs.

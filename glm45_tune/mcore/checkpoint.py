@@ -79,7 +79,11 @@ def restore(trainer: Trainer, directory: Path) -> None:
 def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
     """megatron's optimizers of this stage (one for experts, one for the rest) by number, those without parameters left out."""
     chained = trainer.optimizer.chained_optimizers
-    return {number: optimizer for number, optimizer in enumerate(chained) if not optimizer.is_stub_optimizer and optimizer.buffers}
+    return {
+        number: optimizer
+        for number, optimizer in enumerate(chained)
+        if not optimizer.is_stub_optimizer and optimizer.buffers
+    }
 
 
 def _load_optimizer(optimizer, state: dict) -> None:

@@ -13,6 +13,7 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+
 class _Now:
     """Stands for a CUDA stream, event and stream context: on a CPU everything has already happened, in order."""
 
@@ -112,10 +113,8 @@ def enter() -> None:
     torch.cuda.get_rng_state = mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # gloo's all-to-all takes split sizes as lists, where NCCL's takes the numpy arrays megatron makes of GPU tensors
-    token_dispatcher.maybe_move_tensor_to_cpu = (
-        lambda tensor, as_numpy=False, record_stream=False: _Splits(tensor.tolist())
-        if as_numpy and torch.is_tensor(tensor)
-        else tensor
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        _Splits(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
     )
     # expert tensor ranks exchange parts of different lengths; gloo's own collectives want equal ones
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)

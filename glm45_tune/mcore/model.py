@@ -33,7 +33,10 @@ from glm45_tune.mcore.layers.norm import RMSNorm
 from glm45_tune.spec import ModelSpec
 
 # without Transformer Engine the norm is a module of its own; checkpoints keep the names its fused linears give it
-NORM_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,10 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
     moe_layer = TransformerLayerSubmodules(
         pre_mlp_layernorm=RMSNorm, mlp=partial(_moe_layer, submodules=moe), mlp_bda=get_bias_dropout_add
     )
-    mtp_layer = MultiTokenPredictionLayerSubmodules(
-        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear
-    )
+    mtp_layer = MultiTokenPredictionLayerSubmodules(enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear)
     return ModuleSpec(
         module=Stack,
-        params=dict(
-            recompute_method=options.recompute_method, recompute_num_layers=options.recompute_num_layers
-        )
+        params=dict(recompute_method=options.recompute_method, recompute_num_layers=options.recompute_num_layers)
         if options.recompute_granularity == "full"
         else {},
         submodules=HybridStackSubmodules(

@@ -37,6 +37,7 @@ def start(layout: Layout, seed: int = 1234) -> None:
             rank=0 if alone else -1,
             world_size=1 if alone else -1,
             timeout=datetime.timedelta(minutes=30),
+            device_id=device() if torch.cuda.is_available() else None,
         )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -104,9 +104,7 @@ class Trainer:
         num_mtp = self.num_predictions - 1
         factors = [1.0] + num_mtp * [self.mtp_loss_scaling_factor / max(num_mtp, 1)]
         shares = num_microbatches * parallel_state.get_data_parallel_world_size()
-        scale = torch.tensor(
-            [shares * f / max(d, 1e-30) for f, d in zip(factors, denominators)], device=runtime.device()
-        )
+        scale = torch.tensor([shares * f / max(d, 1e-30) for f, d in zip(factors, denominators)], device=runtime.device())
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, scale),
             data_iterator=iter(batches),
@@ -135,7 +133,6 @@ class Trainer:
             worst = (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
         return worst.item()
-
 
     def _aux_loss(self, num_microbatches: int) -> float:
         if not self.has_aux_loss:

@@ -148,4 +148,3 @@ def _introduce(job: Job, trainer: Trainer, step: int) -> None:
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
-

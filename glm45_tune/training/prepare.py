@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from glm45_tune.conversion.stream import open_model
 from glm45_tune.conversion.hf_files import HfDir
+from glm45_tune.conversion.stream import open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import ChatRenderer, Sample, load_tokenizer
 from glm45_tune.data.packing import BatchPlan, pack
@@ -134,7 +134,9 @@ def check_run_directory(recipe: Recipe, source: HfReader) -> None:
         )
     wanted = recipe.lora.model_dump() if recipe.lora else None
     if facts["lora"] != wanted:
-        raise UserError(f"{run}: was trained with lora {facts['lora']}; the recipe now says {wanted}. Choose another output_dir.")
+        raise UserError(
+            f"{run}: was trained with lora {facts['lora']}; the recipe now says {wanted}. Choose another output_dir."
+        )
 
 
 def open_run_directory(job: Job) -> None:

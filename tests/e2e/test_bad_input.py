@@ -33,14 +33,23 @@ def _set(**sections):
 
 
 FAULTS = {
-    "unknown key": (_set(parallel={"tensor_parallel": 2}), ["parallel.tensor_parallel: unknown key", "tensor_model_parallel_size"]),
+    "unknown key": (
+        _set(parallel={"tensor_parallel": 2}),
+        ["parallel.tensor_parallel: unknown key", "tensor_model_parallel_size"],
+    ),
     "wrong type": (_set(train={"steps": "many"}), ["train.steps", "'many'"]),
-    "experts not divisible": (_set(parallel={"expert_model_parallel_size": 3}), ["3 does not divide the 8 experts", "1, 2, 4, 8"]),
+    "experts not divisible": (
+        _set(parallel={"expert_model_parallel_size": 3}),
+        ["3 does not divide the 8 experts", "1, 2, 4, 8"],
+    ),
     "ranks not divisible": (
         _set(parallel={"tensor_model_parallel_size": 2, "world_size": 3}),
         ["tensor 2 × pipeline 1 = 2 does not divide the 3 ranks"],
     ),
-    "batch not divisible": (_set(train={"global_batch_size": 3}, parallel={"world_size": 2}), ["global_batch_size 3", "multiple"]),
+    "batch not divisible": (
+        _set(train={"global_batch_size": 3}, parallel={"world_size": 2}),
+        ["global_batch_size 3", "multiple"],
+    ),
     "no model": (_set(model={"path": "/nowhere/GLM"}), ["/nowhere/GLM: no such directory"]),
     "no data": (_set(data={"train": "/nowhere/train.jsonl"}), ["/nowhere/train.jsonl: no such file"]),
     "rows too long": (_set(data={"seq_length": 8}), [".jsonl:1:", "data.seq_length 8"]),

@@ -110,7 +110,9 @@ def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp
     """Steps 1–3 under expert parallel 2, 4–6 by torchrun under pipeline 2: the losses of one layout, 1e-5 relative."""
     whole = write_recipe("whole", **LORA, train={"steps": 6})
     assert command("train", whole).returncode == 0
-    recipe = write_recipe("moved", **LORA, train={"steps": 6, "save_interval": 3}, parallel={"expert_model_parallel_size": 2})
+    recipe = write_recipe(
+        "moved", **LORA, train={"steps": 6, "save_interval": 3}, parallel={"expert_model_parallel_size": 2}
+    )
     assert command("train", recipe).returncode == 0
     run = tmp_path / "moved"
     for path in (run / "checkpoints" / "step_000006").iterdir():

@@ -38,7 +38,12 @@ def test_grouped_linear_equals_a_loop_over_experts(counts):
 
 
 def _case(name, sizes, checkpoints, corpus, make_recipe, output, dtype, lora):
-    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size")
+    keys = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    )
     sections = {"parallel": dict(zip(keys, sizes)), "model": {"mtp_loss_scaling_factor": 0.3, "params_dtype": dtype}}
     if lora:
         sections["lora"] = {"r": 8, "target_modules": "all-linear"}

@@ -184,9 +184,7 @@ def main(directory: str, dialect: str, sizes: str, output: str) -> None:
 
     dist.init_process_group("gloo")
     tp, pp, ep = map(int, sizes.split(","))
-    parallel_state.initialize_model_parallel(
-        tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
-    )
+    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     hf = json.load(open(f"{directory}/config.json"))
     config = config_of(hf, tp, pp, ep, dialect == "hybrid")

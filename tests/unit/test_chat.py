@@ -43,7 +43,20 @@ def test_our_template_renders_the_golden_conversations(tokenizer, name):
 
 def random_conversation(rng: random.Random) -> tuple[list[dict], list | None, dict]:
     """Anything the template may meet: roles in any order, thoughts in either form, calls, results, odd white space."""
-    words = ["你好", " hi ", "\n", "", "a\n\nb", "<think>x</think>y", "</think>", "1 < 2", "/nothink", "{{ x }}", '"q"', "é🙂"]
+    words = [
+        "你好",
+        " hi ",
+        "\n",
+        "",
+        "a\n\nb",
+        "<think>x</think>y",
+        "</think>",
+        "1 < 2",
+        "/nothink",
+        "{{ x }}",
+        '"q"',
+        "é🙂",
+    ]
 
     def text():
         return "".join(rng.choice(words) for _ in range(rng.randint(0, 4)))
@@ -79,9 +92,7 @@ def test_our_template_renders_like_the_reference(checkpoints, tokenizer, referen
     rng = random.Random(0)
     for _ in range(400):
         messages, tools, options = random_conversation(rng)
-        ours, theirs = (
-            t.apply_chat_template(messages, tools=tools, tokenize=False, **options) for t in (tokenizer, other)
-        )
+        ours, theirs = (t.apply_chat_template(messages, tools=tools, tokenize=False, **options) for t in (tokenizer, other))
         assert ours == theirs, messages
 
 

@@ -33,7 +33,9 @@ def test_round_trip_is_bit_exact(checkpoints, tmp_path, like, dialect):
     for name in before.names:
         a, b = before.read(name), after.read(name)
         assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
-    assert json.loads((checkpoints[like] / "config.json").read_text()) == json.loads((tmp_path / "hf/config.json").read_text())
+    assert json.loads((checkpoints[like] / "config.json").read_text()) == json.loads(
+        (tmp_path / "hf/config.json").read_text()
+    )
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (checkpoints[like] / name).read_bytes()
 
@@ -181,7 +183,10 @@ FAULTS = {
     "wrong shape": (lambda d: _edit_tensors(d, lambda t: t.update({O_PROJ: t[O_PROJ][:64].clone()})), [O_PROJ, "(64, 256)"]),
     "dtypes mixed": (
         lambda d: _edit_tensors(
-            d, lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].float()})
+            d,
+            lambda t: t.update(
+                {"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].float()}
+            ),
         ),
         ["differ in dtype", "q_proj"],
     ),

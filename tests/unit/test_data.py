@@ -72,7 +72,9 @@ def test_an_epoch_sees_every_row_once_whatever_the_ranks(num_rows, micro, num_mi
         for step in steps:
             assert {len(plan.microbatches(step, rank)) for rank in range(ranks)} == {plan.num_microbatches}
             members = sorted(r for rank in range(ranks) for rows in plan.microbatches(step, rank) for r in rows)
-            assert members == sorted(BatchPlan(num_rows, plan.global_batch_size, plan.global_batch_size, 1, seed).rows_of_step(step))
+            assert members == sorted(
+                BatchPlan(num_rows, plan.global_batch_size, plan.global_batch_size, 1, seed).rows_of_step(step)
+            )
 
 
 def test_epochs_differ_and_repeat_by_seed():

@@ -56,7 +56,14 @@ def test_all_faults_come_in_one_message():
     with pytest.raises(RecipeError) as fault:
         Recipe.from_dict({"lora": {"rank": 1}, "optimizer": {"lr": -1}})
     lines = str(fault.value).splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in lines] == ["model", "data", "output_dir", "lora.rank", "optimizer.lr", "train"]
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "model",
+        "data",
+        "output_dir",
+        "lora.rank",
+        "optimizer.lr",
+        "train",
+    ]
 
 
 def test_targets_by_either_name():
@@ -76,9 +83,13 @@ def test_targets_by_either_name():
 def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
     spec = load_spec(checkpoints["air"])
     faults = {
-        Layout(expert_model_parallel_size=3, world_size=3): "expert_model_parallel_size 3 does not divide the 8 experts; allowed: 1, 2, 4, 8",
+        Layout(
+            expert_model_parallel_size=3, world_size=3
+        ): "expert_model_parallel_size 3 does not divide the 8 experts; allowed: 1, 2, 4, 8",
         Layout(tensor_model_parallel_size=4, world_size=4): "does not divide the 2 query groups",
-        Layout(2, 4, world_size=12): "tensor 2 × pipeline 4 = 8 does not divide the 12 ranks of this job. Use a multiple of 8 ranks",
+        Layout(
+            2, 4, world_size=12
+        ): "tensor 2 × pipeline 4 = 8 does not divide the 12 ranks of this job. Use a multiple of 8 ranks",
         Layout(pipeline_model_parallel_size=4, world_size=4): "exceeds the 3 layers",
     }
     for layout, words in faults.items():
@@ -87,7 +98,9 @@ def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
         assert words in str(fault.value)
 
 
-@pytest.mark.parametrize("num_layers, mtp, stages", [(46, 1, 8), (92, 1, 16), (92, 0, 7), (3, 1, 3), (5, 1, 2), (2, 1, 2), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "num_layers, mtp, stages", [(46, 1, 8), (92, 1, 16), (92, 0, 7), (3, 1, 3), (5, 1, 2), (2, 1, 2), (1, 1, 1)]
+)
 def test_stages_cover_every_layer_once_and_evenly(checkpoints, num_layers, mtp, stages):
     import dataclasses
 

@@ -41,9 +41,7 @@ class GroupedLinear(torch.nn.Module):
         self.register_module("adapter", None)
         self.cut_dim = cut_dim
         self.weight = torch.nn.Parameter(
-            torch.empty(
-                num_experts, output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()
-            )
+            torch.empty(num_experts, output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         mark_expert_parameter(self.weight, cut_dim)
         if config.perform_initialization:
