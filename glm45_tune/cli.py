@@ -127,6 +127,41 @@ def verify(
 
 
 @app.command()
+def data(
+    source: Annotated[Path, typer.Argument(help="A data file or folder, or a recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the data section, such as seq_length=4096.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint whose tokenizer and template are used; a recipe names its own.")] = None,
+    show: Annotated[int, typer.Option(help="How many samples to show.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what training will see: counts, lengths, packing, samples with the trained tokens in colour, every bad row."""
+    from rich.console import Console
+
+    from glm45_tune.data import report
+    from glm45_tune.data.chat import ChatRenderer, load_tokenizer
+    from glm45_tune.data.sources import load
+    from glm45_tune.recipe import Recipe
+
+    changes = [key if key.startswith("data.") else f"data.{key}" for key in overrides or []]
+    if source.suffix in (".yaml", ".yml"):
+        recipe = Recipe.load(source, changes)
+        model = model or Path(recipe.model.path)
+    elif model is None:
+        raise UserError("data: --model DIR is needed with a data file: the checkpoint whose tokenizer and template are used.")
+    else:
+        recipe = Recipe.of_data(str(source), str(model), changes)
+    tokenizer = load_tokenizer(model)
+    corpus = load(recipe.data.train, ChatRenderer(tokenizer, recipe.data), recipe.train.seed)
+    summary = report.summarise(corpus, recipe.data, tokenizer)
+    if as_json:
+        print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
+    else:
+        report.show(corpus, summary, tokenizer, show, Console())
+    if corpus.faults and recipe.data.on_bad_row == "error":
+        raise UserError(f"{len(corpus.faults)} of {corpus.num_rows} rows are bad. Mend them, or train the rest with on_bad_row=skip.")
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top, such as optimizer.lr=5e-5.")] = None,

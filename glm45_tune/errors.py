@@ -20,7 +20,11 @@ class CheckpointError(UserError):
 
 
 class DataError(UserError):
-    """Training data that cannot be used; names file and line."""
+    """Training data that cannot be used; names file and line. `field`: which field of the row, where one is at fault."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(f"{field} {message}" if field else message)
+        self.field, self.fault = field, message
 
 
 class LayoutError(UserError):

@@ -43,15 +43,36 @@ class ModelConfig(_Section):
     """Weight of the load-balancing loss. Fine-tuning needs none; the known GLM-4.5-Air recipe has 1e-3."""
 
 
+class SourceConfig(_Section):
+    path: str
+    """A file or folder (.jsonl, .json, .csv, .parquet, .txt, also .gz and .zst), hf:ORG/NAME[:CONFIG][@SPLIT], ms:… the same of
+
+    ModelScope, or module:function, a Python function that yields rows. PATH#5000 takes a sample of 5000 rows.
+    """
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """How often an epoch sees its samples: 2 is twice, 0.5 is half of them, drawn by the seed."""
+
+
+Sources = str | list[str | SourceConfig]
+
+
 class DataConfig(_Section):
-    train: str | list[str]
-    """JSONL files of `{"messages": [...]}`."""
-    eval: str | list[str] | None = None
-    """Held-out JSONL files."""
+    train: Sources
+    """One source, or a list of them; a source is a path or {path, weight}."""
+    eval: Sources | None = None
+    """Held-out sources."""
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of `train` held out where `eval` is not given, chosen by the seed."""
     seq_length: Positive = 8192
-    """Tokens of a packed row. A sample longer than this is an error."""
+    """Tokens of a packed row."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt", "query", "text"] | None = None
+    """How rows hold conversations; null: recognised by their fields, row by row."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """A sample longer than seq_length: an error, left out, cut to its last turns, or made into several. All are counted."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """skip trains the rest and says at start and end how many rows were left out."""
+    turns: Literal["all", "last", "expand"] = "all"
+    """Which assistant turns are trained: all, the last, or each as a sample of its own, in the context it has at inference."""
     packing: bool = True
     """Fill rows with several samples. Off: one sample a row."""
     enable_thinking: bool | None = None
@@ -210,6 +231,14 @@ class Recipe(_Section):
         return cls.from_dict(document, str(path))
 
     @classmethod
+    def of_data(cls, source: str, model: str, overrides: list[str]) -> "Recipe":
+        """A recipe around one data source, everything else at its defaults."""
+        document = {"model": {"path": model}, "data": {"train": source}, "train": {"epochs": 1}, "output_dir": "runs/unnamed"}
+        for override in overrides:
+            _override(document, override)
+        return cls.from_dict(document, source)
+
+    @classmethod
     def from_dict(cls, document: dict, where: str = "recipe") -> "Recipe":
         """Check a recipe given as nested dicts."""
         try:
@@ -220,6 +249,12 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def sources_of(sources: Sources) -> list[SourceConfig]:
+    """The sources of a data section, each with its weight."""
+    listed = [sources] if isinstance(sources, str) else sources
+    return [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
 
 
 def _override(document: dict, text: str) -> None:
@@ -238,11 +273,12 @@ def _override(document: dict, text: str) -> None:
 
 
 def _explain(fault: dict) -> str:
-    where = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("list[", "str", "function")))
+    location = [part for part in fault["loc"] if not str(part).startswith(("list[", "str", "function", "SourceConfig"))]
+    where = ".".join(map(str, location))
     if fault["type"] == "extra_forbidden":
-        allowed = _keys_at(fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), allowed, 1, 0.5)
-        front = ".".join(str(part) for part in fault["loc"][:-1])
+        allowed = _keys_at(tuple(part for part in location[:-1] if isinstance(part, str)))
+        near = difflib.get_close_matches(str(location[-1]), allowed, 1, 0.5)
+        front = ".".join(map(str, location[:-1]))
         hint = f"Did you mean {f'{front}.' if front else ''}{near[0]}?" if near else f"Allowed: {', '.join(allowed)}."
         return f"{where}: unknown key. {hint}"
     if fault["type"] == "missing":
@@ -252,9 +288,16 @@ def _explain(fault: dict) -> str:
     return f"{where}: {message}{came}."
 
 
-def _keys_at(location: tuple) -> list[str]:
+def _keys_at(location: tuple[str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in location:
-        annotation = model.model_fields[part].annotation
-        model = next(kind for kind in (annotation, *getattr(annotation, "__args__", ())) if hasattr(kind, "model_fields"))
+        model = _section_in(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _section_in(annotation) -> type[BaseModel]:
+    """The section inside an annotation such as `LoraConfig | None` or `str | list[str | SourceConfig]`."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    found = (_section_in(inner) for inner in getattr(annotation, "__args__", ()) if inner is not type(None))
+    return next((section for section in found if section is not None), None)

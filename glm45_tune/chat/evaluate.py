@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 
 from glm45_tune.chat.model import ChatModel
 from glm45_tune.data.chat import check_messages, check_tools
-from glm45_tune.data.sources import read_jsonl
+from glm45_tune.data.formats import canonical
+from glm45_tune.data.sources import read_source
 from glm45_tune.errors import DataError
 
 BATCH = 64
@@ -24,16 +25,19 @@ class Score:
 
 
 def load_questions(path: str) -> list[tuple[list[dict], list | None, str]]:
-    """(messages up to the last user turn, tools, the answer wanted) of every row of a JSONL file of conversations."""
+    """(messages up to the last user turn, tools, the answer wanted) of every conversation of a file or folder."""
     questions = []
-    for line, row in read_jsonl(path):
+    for file, line, row in read_source(path):
         try:
+            if isinstance(row, DataError):
+                raise row
+            row = canonical(row)
             *messages, answer = check_messages(row)
             if answer["role"] != "assistant" or not messages:
                 raise DataError("the last message must be the assistant's answer to a question before it")
             questions.append((messages, check_tools(row), answer["content"].strip()))
         except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from None
+            raise DataError(f"{file}:{line}: {error}") from None
     if not questions:
         raise DataError(f"{path}: no rows.")
     return questions

@@ -6,12 +6,17 @@ the turn. An empty thought is what non-thinking prompts already contain, so it i
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
+from glm45_tune.data.formats import canonical
+from glm45_tune.data.length import Tokens, fit
 from glm45_tune.errors import DataError
+from glm45_tune.recipe import DataConfig
 
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
 
@@ -24,7 +29,14 @@ class Sample:
     loss_mask: np.ndarray
     source: str
     line: int
-    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What became of one row: samples, and how often something was cut or left out, by reason."""
+
+    samples: list[Sample]
+    counts: Counter
 
 
 def load_tokenizer(directory: str | Path):
@@ -43,17 +55,16 @@ def load_tokenizer(directory: str | Path):
 
 
 class ChatRenderer:
-    """Renders rows of `{"messages": [...], "tools": [...], "enable_thinking": …}` for training."""
+    """Renders rows for training, as `options` (the recipe's data section) say."""
 
-    def __init__(self, tokenizer, enable_thinking: bool | None = None, train_empty_think: bool = False):
-        self.tokenizer = tokenizer
-        self.enable_thinking = enable_thinking
-        self.train_empty_think = train_empty_think
+    def __init__(self, tokenizer, options: DataConfig):
+        self.tokenizer, self.options = tokenizer, options
         self._role_ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLE_TOKENS.items()}
+        self._kinds = {token: role for role, token in self._role_ids.items()}
         self._empty_think = self._empty_thought()
 
     def _empty_thought(self) -> list[int]:
-        """What the template puts behind `<|assistant|>` when thinking is off: "\\n<think></think>" in 4.5, "</think>" in 4.7."""
+        """What the template puts behind `<|assistant|>` when thinking is off: "\n<think></think>" in 4.5, "</think>" in 4.7."""
         question = [{"role": "user", "content": "?"}]
         without, prompt = (
             self.tokenizer.apply_chat_template(
@@ -64,42 +75,84 @@ class ChatRenderer:
         return self._ids(prompt.removeprefix(without))[1:]
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise DataError("the text is no valid Unicode: it holds half of a surrogate pair") from None
 
-    def render(self, row: dict, source: str, line: int) -> Sample:
+    def render(self, row: dict, source: str, line: int) -> Rendering:
         """Raises DataError naming `source` and `line` when the row cannot be rendered or would train nothing."""
         try:
-            messages, tools = check_messages(row), check_tools(row)
-            thinking = row.get("enable_thinking", self.enable_thinking)
-            if thinking is not None and not isinstance(thinking, bool):
-                raise DataError(f"enable_thinking is {thinking!r}; allowed: true, false or absent")
-            options = {} if thinking is None else {"enable_thinking": thinking}
-            text = self._template(messages, tools, options)
-            ids, mask = self._weigh(self._ids(text), messages, bool(tools), thinking)
+            row = canonical(row, self.options.format)
+            found = [self._document(row["text"])] if "text" in row else self._conversations(row)
+            samples, counts = self._fitted(found)
         except DataError as error:
-            raise DataError(f"{source}:{line}: {error}") from None
-        return Sample(np.asarray(ids, np.int32), np.asarray(mask, np.float32), source, line, text)
+            located = DataError(f"{source}:{line}: {error}")
+            located.field, located.fault = error.field, error.fault
+            raise located from None
+        arrays = ((np.asarray(t.ids, np.int32), np.asarray(t.mask, np.float32)) for t in samples)
+        return Rendering([Sample(ids, mask, source, line) for ids, mask in arrays], counts)
 
-    def _template(self, messages: list[dict], tools: list | None, options: dict) -> str:
-        import jinja2
+    def _fitted(self, found: list[Tokens]) -> tuple[list[Tokens], Counter]:
+        limit, policy = self.options.seq_length, self.options.overlong
+        kept, counts = [], Counter()
+        for tokens in found:
+            if len(tokens.ids) > limit and policy == "error":
+                raise DataError(
+                    f"{len(tokens.ids)} tokens exceed data.seq_length {limit}. Raise it, shorten the row, or say with "
+                    "data.overlong what should become of it"
+                )
+            pieces = fit(tokens, limit, policy)
+            trained = [piece for piece in pieces if any(piece.mask)]
+            if len(tokens.ids) > limit:
+                counts[{"drop": "dropped", "truncate": "truncated", "split": "split"}[policy] if pieces else "dropped"] += 1
+                counts["pieces that would train nothing"] += len(pieces) - len(trained)
+            elif not trained:
+                raise DataError("nothing in this row would be trained: no assistant message in it says anything")
+            kept += trained
+        return kept, +counts
 
+    def _document(self, text: str) -> Tokens:
+        """Plain text as GLM was pre-trained on it: behind [gMASK]<sop>, ended by <|endoftext|>, all of it trained."""
+        head = self._ids("[gMASK]<sop>")
+        body = self._ids(text) + [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        return Tokens(head + body, [0.0] * len(head) + [1.0] * len(body), len(head), [len(head)])
+
+    def _conversations(self, row: dict) -> list[Tokens]:
+        """The row's conversation; with `turns: expand` one for each assistant turn, ending with it."""
+        messages, tools = check_messages(row), check_tools(row)
+        thinking = row.get("enable_thinking", self.options.enable_thinking)
+        if thinking is not None and not isinstance(thinking, bool):
+            raise DataError(f"is {thinking!r}; allowed: true, false or absent", "enable_thinking")
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.options.turns == "all":
+            return [self._conversation(messages, tools, thinking, set(answers))]
+        if self.options.turns == "last":
+            return [self._conversation(messages, tools, thinking, set(answers[-1:]))]
+        trained = [number for number in answers if messages[number]["weight"]]
+        return [self._conversation(messages[: n + 1], tools, thinking, {n}) for n in trained] or [
+            self._conversation(messages, tools, thinking, set())
+        ]
+
+    def _conversation(self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]) -> Tokens:
+        """trained: which messages' weights count."""
+        options = {} if thinking is None else {"enable_thinking": thinking}
+        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+            text = self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the checkpoint's chat template refuses this conversation: {error}") from error
-
-    def _weigh(self, ids: list[int], messages: list[dict], has_tools: bool, thinking: bool | None):
-        roles = ["system"] * has_tools
-        roles += [
-            message["role"]
-            for before, message in zip([None, *messages], messages)
+        ids = self._ids(text)
+        starts = [position for position, token in enumerate(ids) if token in self._kinds]
+        owners = [-1] * bool(tools)  # whose message each role token opens; the tool definitions have one of their own
+        owners += [
+            number
+            for number, message in enumerate(messages)
             # one <|observation|> opens a run of tool results
-            if message["role"] != "tool" or before is None or before["role"] != "tool"
+            if message["role"] != "tool" or number == 0 or messages[number - 1]["role"] != "tool"
         ]
-        kinds = {token: role for role, token in self._role_ids.items()}
-        starts = [position for position, token in enumerate(ids) if token in kinds]
-        found = [kinds[ids[position]] for position in starts]
-        if found != roles:
+        roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
+        if [self._kinds[ids[position]] for position in starts] != roles:
             raise DataError(
                 f"a message's text holds one of the control tokens {', '.join(ROLE_TOKENS.values())}, which would be read "
                 "as a turn of its own. Remove it, or write it differently"
@@ -108,18 +161,21 @@ class ChatRenderer:
         if last["role"] == "assistant":  # what the engine would stop at; it follows, so it is learned
             ids = ids + [self._role_ids["tool" if last.get("tool_calls") else "user"]]
         mask = [0.0] * len(ids)
-        for role, start, end in zip(found, starts, [*starts[1:], len(ids) - (last["role"] == "assistant")]):
-            if role != "assistant":
-                continue
-            first = start + 1
-            empty = ids[first : first + len(self._empty_think)] == self._empty_think
-            if empty and not (self.train_empty_think and thinking is not False):
-                first += len(self._empty_think)
-            ends_turn = end < len(ids) and kinds[ids[end]] in ("user", "tool")
-            mask[first : end + ends_turn] = [1.0] * (end + ends_turn - first)
-        if not any(mask):
-            raise DataError("nothing in this row would be trained: no assistant message in it says anything")
-        return ids, mask
+        ends = [*starts[1:], len(ids) - (last["role"] == "assistant")]
+        for number, start, end in zip(owners, starts, ends):
+            if number in trained:
+                self._weigh(ids, mask, start + 1, end, messages[number]["weight"], thinking)
+        users = [start for start, role in zip(starts, roles) if role == "user"]
+        head = users[0] if users and "assistant" not in roles[: roles.index("user")] else starts[0] if starts else len(ids)
+        return Tokens(ids, mask, head, [start for start in users if start >= head] or [head])
+
+    def _weigh(self, ids: list[int], mask: list[float], first: int, end: int, weight: float, thinking: bool | None) -> None:
+        """Weight an assistant turn [first, end) and the token behind it, if that is one that ends a turn."""
+        empty = ids[first : first + len(self._empty_think)] == self._empty_think
+        if empty and not (self.options.train_empty_think and thinking is not False):
+            first += len(self._empty_think)
+        ends_turn = end < len(ids) and self._kinds[ids[end]] in ("user", "tool")
+        mask[first : end + ends_turn] = [weight] * (end + ends_turn - first)
 
 
 def check_messages(row: dict) -> list[dict]:
@@ -127,52 +183,65 @@ def check_messages(row: dict) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         came = "missing" if "messages" not in row else repr(messages)[:40]
-        raise DataError(f'messages is {came}; a list of {{"role", "content"}} is expected')
+        raise DataError(f'is {came}; a list of {{"role", "content"}} is expected', "messages")
     return [_check_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
 def _check_message(message: object, where: str) -> dict:
     if not isinstance(message, dict):
-        raise DataError(f"{where} is {type(message).__name__}; an object with role and content is expected")
+        raise DataError(f"is {type(message).__name__}; an object with role and content is expected", where)
     role, content = message.get("role"), message.get("content")
-    if role not in ROLE_TOKENS:
-        raise DataError(f"{where}.role is {json.dumps(role, ensure_ascii=False)}; allowed: {', '.join(ROLE_TOKENS)}")
+    if not isinstance(role, str) or role not in ROLE_TOKENS:
+        raise DataError(f"is {json.dumps(role, ensure_ascii=False)}; allowed: {', '.join(ROLE_TOKENS)}", f"{where}.role")
     if content is None:
         if role != "assistant":
-            raise DataError(f"{where}.content is null; only an assistant message may leave it out")
+            raise DataError("is null; only an assistant message may leave it out", f"{where}.content")
         content = ""  # the template would print the word None
     elif isinstance(content, list):
         for number, part in enumerate(content):
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise DataError(f'{where}.content[{number}] is no {{"type": "text", "text": …}}; the model takes text only')
+                fault = 'is no {"type": "text", "text": …}; the model takes text only'
+                raise DataError(fault, f"{where}.content[{number}]")
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str):
-        raise DataError(f"{where}.content is {type(content).__name__}; allowed: a string, text parts or null")
-    checked = {"role": role, "content": content}
+        raise DataError(f"is {type(content).__name__}; allowed: a string, text parts or null", f"{where}.content")
+    checked = {"role": role, "content": content, "weight": _weight(message, role, where)}
     reasoning = message.get("reasoning_content")
     if reasoning is not None:
         if role != "assistant" or not isinstance(reasoning, str):
-            raise DataError(f"{where}.reasoning_content: a string, on an assistant message only")
+            raise DataError("must be a string, on an assistant message", f"{where}.reasoning_content")
         checked["reasoning_content"] = reasoning
     if calls := message.get("tool_calls"):
         if role != "assistant" or not isinstance(calls, list):
-            raise DataError(f"{where}.tool_calls: a list, on an assistant message only")
+            raise DataError("must be a list, on an assistant message", f"{where}.tool_calls")
         checked["tool_calls"] = [_check_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)]
     return checked
+
+
+def _weight(message: dict, role: str, where: str) -> float:
+    """How much a message counts: loss_scale where it is given, else 1, or 0 where loss is false."""
+    loss, scale = message.get("loss"), message.get("loss_scale")
+    if loss is not None and not isinstance(loss, bool):
+        raise DataError(f"is {loss!r}; allowed: true or false", f"{where}.loss")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < 1e6):
+        raise DataError(f"is {scale!r}; a number from 0 on is expected", f"{where}.loss_scale")
+    if role != "assistant" and (loss or scale):
+        raise DataError(f"asks to train a {role} message; only what the assistant writes is trained", f"{where}.loss")
+    return 0.0 if loss is False or role != "assistant" else 1.0 if scale is None else float(scale)
 
 
 def _check_call(call: object, where: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f'{where}: {{"function": {{"name", "arguments"}}}} is expected')
+        raise DataError('is no {"function": {"name", "arguments"}}', where)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's wire form; the template iterates an object
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise DataError(f"{where}.function.arguments is not JSON: {error}") from None
+            raise DataError(f"is not JSON: {error}", f"{where}.function.arguments") from None
     if not isinstance(arguments, dict):
-        raise DataError(f"{where}.function.arguments is {type(arguments).__name__}; an object is expected")
+        raise DataError(f"is {type(arguments).__name__}; an object is expected", f"{where}.function.arguments")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -183,7 +252,7 @@ def check_tools(row: dict) -> list | None:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise DataError(f"tools is not JSON: {error}") from None
+            raise DataError(f"is not JSON: {error}", "tools") from None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError("tools: a list of objects is expected")
+        raise DataError("must be a list of objects", "tools")
     return tools or None

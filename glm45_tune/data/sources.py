@@ -1,55 +1,281 @@
-"""Training files, read row by row; every row has a file and a line."""
+"""Training files, read row by row; every row has a file and a line, and every bad row is kept with its reason."""
 
+import csv
+import gzip
+import importlib
+import io
 import json
+import os
+import random
+import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.errors import DataError
+from glm45_tune.recipe import DataConfig, Sources, sources_of
+
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_PACKED = (".gz", ".zst")
+csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers (from 1) and objects of a JSONL file; blank lines are passed over. Raises DataError."""
-    path = Path(path)
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a row was not used."""
+
+    file: str
+    line: int
+    field: str | None
+    message: str
+
+
+@dataclass
+class Corpus:
+    """Everything some sources hold: samples in order, bad rows, and what was cut or left out, by reason."""
+
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    num_rows: int = 0
+
+    def check(self, on_bad_row: str) -> None:
+        """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
+        if self.faults and on_bad_row == "error":
+            lines = [f"{fault.file}:{fault.line}: {fault.message}" for fault in self.faults[:20]]
+            more = f"\n… and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
+            raise DataError("\n".join(lines) + more)
+        if not self.samples:
+            raise DataError(f"of {self.num_rows} rows none is left to train on ({len(self.faults)} bad, {dict(self.counts)}).")
+
+
+def files_of(source: str) -> list[Path]:
+    """The files a source names: itself, or all known ones of a folder, sorted. Raises DataError."""
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in _SUFFIXES)
+        if not found:
+            raise DataError(f"{path}: no {', '.join(_SUFFIXES)} files in this folder.")
+        return found
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    with open(path, encoding="utf-8-sig") as file:
+    if _kind(path) not in _SUFFIXES:
+        raise DataError(f"{path}: unknown kind of file; allowed: {', '.join(_SUFFIXES)}, also with {' or '.join(_PACKED)}.")
+    return [path]
+
+
+def _kind(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
+    """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
+
+    .csv has a header; of .txt the whole file is one text.
+    """
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    with _open(path) as file:
         try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse(line, path, number)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error}") from error
+            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[kind](file)
+        except (UnicodeDecodeError, csv.Error, EOFError, OSError) as error:
+            yield 0, DataError(f"the file cannot be read on: {error}")
 
 
-def _parse(line: str, path: Path, number: int) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}:{number}: holds {type(row).__name__}; an object is expected")
-    return row
+def _open(path: Path) -> io.TextIOBase:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None)
 
 
-def load_samples(paths: str | list[str], renderer: ChatRenderer, seq_length: int) -> list[Sample]:
-    """Every row of every file, rendered. Raises DataError listing all bad rows (the first 20 in full)."""
-    samples, faults = [], []
-    for path in [paths] if isinstance(paths, str) else paths:
-        for line, row in read_jsonl(path):
+def _object(value: object) -> dict | DataError:
+    return value if isinstance(value, dict) else DataError(f"holds {type(value).__name__}; an object is expected")
+
+
+def _jsonl(file) -> Iterator:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
             try:
-                sample = renderer.render(row, str(path), line)
-                if len(sample.input_ids) > seq_length:
-                    raise DataError(
-                        f"{path}:{line}: {len(sample.input_ids)} tokens exceed data.seq_length {seq_length}. "
-                        "Raise it, or shorten the row"
-                    )
-                samples.append(sample)
+                yield number, _object(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield number, DataError(f"not JSON: {error}")
+
+
+def _json(file) -> Iterator:
+    try:
+        document = json.load(file)
+    except (ValueError, RecursionError) as error:
+        yield 1, DataError(f"not JSON: {error}")
+        return
+    if not isinstance(document, list):
+        yield 1, DataError(f"holds {type(document).__name__}; a list of rows is expected (or one row a line, as .jsonl)")
+        return
+    for number, row in enumerate(document, start=1):
+        yield number, _object(row)
+
+
+def _csv(file) -> Iterator:
+    reader = csv.DictReader(file)
+    for row in reader:
+        yield reader.line_num, _without_empty_cells(row)
+
+
+def _without_empty_cells(row: dict) -> dict:
+    """An empty cell is an absent field; a cell that holds a JSON list or object is one."""
+    found = {}
+    for key, value in row.items():
+        if key is None or value in (None, ""):
+            continue
+        if value[0] in "[{":
+            try:
+                value = json.loads(value)
+            except ValueError:
+                pass  # text that begins with a bracket
+        found[key] = value
+    return found
+
+
+def _txt(file) -> Iterator:
+    text = file.read()
+    if text.strip():
+        yield 1, {"text": text}
+
+
+def _parquet(path: Path) -> Iterator:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, _without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield 0, DataError(f"the file cannot be read on: {error}")
+
+
+def _without_nulls(value):
+    """Arrow gives every struct all fields of its type; a null one was not in the row."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def read_source(source: str, seed: int = 0) -> Iterator[tuple[str, int, dict | DataError]]:
+    """(where, line, row) of a source: a file, a folder, hf:…, ms:… or module:function; SOURCE#N takes N rows by the seed."""
+    name, _, count = source.rpartition("#")
+    if not (name and count.isdecimal()) or Path(source).exists():
+        return _rows_of(source)
+    everything = list(_rows_of(name))
+    if int(count) > len(everything):
+        raise DataError(f"{source}: asks for {count} rows of {len(everything)}.")
+    chosen = sorted(random.Random(seed).sample(range(len(everything)), int(count)))
+    return iter([everything[index] for index in chosen])
+
+
+def _rows_of(source: str) -> Iterator[tuple[str, int, dict | DataError]]:
+    if not Path(source).exists():
+        if source.startswith(("hf:", "ms:")):
+            return _numbered(source, _hub(source))
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
+            return _numbered(source, _function(source)())
+    return ((str(file), line, row) for file in files_of(source) for line, row in read_rows(file))
+
+
+def _numbered(source: str, rows) -> Iterator[tuple[str, int, dict | DataError]]:
+    for number, row in enumerate(rows, start=1):
+        yield source, number, _object(_without_nulls(row))
+
+
+def _hub(source: str):
+    """The rows of a hub dataset, hf:ORG/NAME[:CONFIG][@SPLIT] or ms:…, by the hub's own client."""
+    hub, _, name = source.partition(":")
+    name, _, split = name.partition("@")
+    name, _, config = name.partition(":")
+    if not name:
+        raise DataError(f"{source}: names no data set; {hub}:ORG/NAME[:CONFIG][@SPLIT] is expected.")
+    try:
+        if hub == "hf":
+            import datasets
+
+            return datasets.load_dataset(name, config or None, split=split or "train")
+        from modelscope.msdatasets import MsDataset
+
+        return MsDataset.load(name, subset_name=config or None, split=split or "train")
+    except ImportError as error:
+        raise DataError(f"{source}: needs {error.name}: pip install {error.name}.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _function(source: str):
+    module, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's module lies where the command is typed
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{source}: no such file, and no such Python function: {error}.") from error
+
+
+def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
+    """Render every row of every source. Raises DataError when a source is not there; bad rows are collected."""
+    corpus, seen = Corpus(), set()
+    for source in sources_of(sources):
+        first = len(corpus.samples)
+        for file, line, row in read_source(source.path, seed):
+            corpus.num_rows += 1
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                rendering = renderer.render(row, file, line)
             except DataError as error:
-                faults.append(str(error))
-    if faults:
-        more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise DataError("\n".join(faults[:20]) + more)
-    if not samples:
-        raise DataError(f"{paths}: no rows.")
-    return samples
+                message = str(error).removeprefix(f"{file}:{line}: ")
+                corpus.faults.append(Fault(file, line, error.field, message))
+                continue
+            corpus.samples += rendering.samples
+            corpus.counts += rendering.counts
+            key = tuple(hash(sample.input_ids.tobytes()) for sample in rendering.samples)
+            corpus.counts["duplicates"] += key in seen
+            seen.add(key)
+        corpus.samples[first:] = _weighted(corpus.samples[first:], source.weight, seed)
+    corpus.counts = +corpus.counts
+    return corpus
+
+
+def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
+    """Every sample as often as the whole part of `weight` says, and a share of them, drawn by the seed, once more."""
+    whole, part = divmod(weight, 1)
+    more = sorted(random.Random(seed).sample(range(len(samples)), round(part * len(samples))))
+    return samples * int(whole) + [samples[index] for index in more]
+
+
+def load_data(options: DataConfig, tokenizer, seed: int = 0) -> tuple[Corpus, Corpus]:
+    """The training and the held-out corpus (empty where neither eval nor eval_ratio is given) of a recipe's data section."""
+    renderer = ChatRenderer(tokenizer, options)
+    train = load(options.train, renderer, seed)
+    train.check(options.on_bad_row)
+    if options.eval:
+        held = load(options.eval, renderer, seed)
+        held.check(options.on_bad_row)
+        return train, held
+    held = Corpus()
+    if options.eval_ratio:
+        count = max(1, round(len(train.samples) * options.eval_ratio))
+        if count >= len(train.samples):
+            raise DataError(f"data.eval_ratio {options.eval_ratio} of {len(train.samples)} samples leaves none to train on.")
+        chosen = set(random.Random(seed).sample(range(len(train.samples)), count))
+        held.samples = [sample for index, sample in enumerate(train.samples) if index in chosen]
+        train.samples = [sample for index, sample in enumerate(train.samples) if index not in chosen]
+    return train, held

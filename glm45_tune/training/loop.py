@@ -49,7 +49,7 @@ def run(job: Job) -> None:
         metrics.close()
         if job.recipe.lora is not None:
             adapter.write_peft(checkpoint.step_directory(job.run, step), job.recipe.lora, job.source, job.run / "adapter")
-        print(f"done: {job.num_steps} steps in {job.run}", file=sys.stderr)
+        print("\n".join([f"done: {job.num_steps} steps in {job.run}", *_left_out(job)]), file=sys.stderr)
     dist.barrier()
 
 
@@ -77,12 +77,12 @@ def _train_step(job: Job, trainer: Trainer, step: int) -> dict[str, float]:
     settings, options, plan = job.recipe.train, job.recipe.optimizer, job.plan
     started = time.perf_counter()
     runtime.seed_all(settings.seed + step)  # dropout depends on the step alone: a resumed run draws what it would have drawn
-    members = [job.train_samples[index] for row in plan.rows_of_step(step) for index in job.train_rows[row]]
+    members = [job.train.samples[index] for row in plan.rows_of_step(step) for index in job.train_rows[row]]
     denominators = total_weights(members, trainer.num_predictions)
     microbatches = plan.microbatches(step, trainer.data_parallel_rank)
     lowest = options.lr / 10 if options.min_lr is None else options.min_lr
     lr = learning_rate(step, job.num_steps, options.lr, lowest, options.warmup_ratio)
-    batches: Iterator[Batch] = _batches(job.train_samples, job.train_rows, microbatches, job, trainer)
+    batches: Iterator[Batch] = _batches(job.train.samples, job.train_rows, microbatches, job, trainer)
     result: StepResult = trainer.train(batches, len(microbatches), denominators.tolist(), lr)
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.input_ids) for sample in members)
@@ -113,8 +113,8 @@ def _evaluate(job: Job, trainer: Trainer) -> float:
     size = -(-len(job.eval_rows) // batch) * batch
     plan = BatchPlan(len(job.eval_rows), size, job.recipe.train.micro_batch_size, job.layout.data_parallel_size, 0)
     microbatches = plan.microbatches(0, trainer.data_parallel_rank)
-    denominators = total_weights(job.eval_samples, trainer.num_predictions).tolist()
-    batches = _batches(job.eval_samples, job.eval_rows, microbatches, job, trainer)
+    denominators = total_weights(job.held_out.samples, trainer.num_predictions).tolist()
+    batches = _batches(job.held_out.samples, job.eval_rows, microbatches, job, trainer)
     return trainer.evaluate(batches, len(microbatches), denominators).losses[0]
 
 
@@ -127,12 +127,19 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def _left_out(job: Job) -> list[str]:
+    """A line about rows that were skipped, cut or repeated, if there were any: said at the start and again at the end."""
+    counts = {"bad rows skipped": len(job.train.faults), **job.train.counts}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return [f"of {job.train.num_rows} rows: {said} (glm45-tune data lists them)"] if said else []
+
+
 def _introduce(job: Job, trainer: Trainer, step: int) -> None:
     """Ten lines that say what will run."""
     recipe, layout, spec = job.recipe, job.layout, job.source.spec
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
-    tokens = sum(len(sample.input_ids) for sample in job.train_samples)
-    weights = sum(float(sample.loss_mask.sum()) for sample in job.train_samples)
+    tokens = sum(len(sample.input_ids) for sample in job.train.samples)
+    weights = sum(float(sample.loss_mask.sum()) for sample in job.train.samples)
     fill = tokens / (len(job.train_rows) * recipe.data.seq_length)
     what = f"LoRA r {recipe.lora.r} on {', '.join(recipe.lora.targets)}" if recipe.lora else "all weights"
     lines = [
@@ -141,8 +148,9 @@ def _introduce(job: Job, trainer: Trainer, step: int) -> None:
         f"layout    tensor {layout.tensor_model_parallel_size} × pipeline {layout.pipeline_model_parallel_size} × "
         f"data {layout.data_parallel_size}, expert {layout.expert_model_parallel_size}: {layout.world_size} ranks on "
         f"{runtime.device().type}",
-        f"data      {len(job.train_samples)} samples in {len(job.train_rows)} rows of {recipe.data.seq_length} "
-        f"({fill:.1%} filled), {tokens:,} tokens, {weights:,.0f} trained; {len(job.eval_samples)} held out",
+        f"data      {len(job.train.samples)} samples in {len(job.train_rows)} rows of {recipe.data.seq_length} "
+        f"({fill:.1%} filled), {tokens:,} tokens, {weights:,.0f} trained; {len(job.held_out.samples)} held out",
+        *_left_out(job),
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows, {job.plan.steps_per_epoch} an epoch",
         f"recompute {recipe.train.recompute_granularity or 'none'}",
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),

@@ -6,14 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.stream import open_model
 from glm45_tune.conversion.tensors import HfReader
-from glm45_tune.data.chat import ChatRenderer, Sample, load_tokenizer
+from glm45_tune.data.chat import Sample, load_tokenizer
 from glm45_tune.data.packing import BatchPlan, pack
-from glm45_tune.data.sources import load_samples
+from glm45_tune.data.sources import Corpus, load_data
 from glm45_tune.errors import RecipeError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
@@ -31,8 +29,8 @@ class Job:
     layout: Layout
     source: HfReader
     pad_id: int
-    train_samples: list[Sample]
-    eval_samples: list[Sample]
+    train: Corpus
+    held_out: Corpus
     train_rows: list[list[int]]
     eval_rows: list[list[int]]
     plan: BatchPlan
@@ -73,23 +71,18 @@ def prepare(recipe: Recipe) -> Job:
         )
     check_run_directory(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
-    data = recipe.data
-    renderer = ChatRenderer(tokenizer, data.enable_thinking, data.train_empty_think)
-    train_samples = load_samples(data.train, renderer, data.seq_length)
-    eval_samples = load_samples(data.eval, renderer, data.seq_length) if data.eval else []
-    if data.eval_ratio:
-        train_samples, eval_samples = _hold_out(train_samples, data.eval_ratio, train.seed)
-    rows = _rows(train_samples, recipe)
+    corpus, held_out = load_data(recipe.data, tokenizer, train.seed)
+    rows = _rows(corpus.samples, recipe)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
         recipe,
         layout,
         source,
         tokenizer.pad_token_id or 0,
-        train_samples,
-        eval_samples,
+        corpus,
+        held_out,
         rows,
-        _rows(eval_samples, recipe),
+        _rows(held_out.samples, recipe),
         plan,
         train.steps or train.epochs * plan.steps_per_epoch,
     )
@@ -99,14 +92,6 @@ def _rows(samples: list[Sample], recipe: Recipe) -> list[list[int]]:
     if not recipe.data.packing:
         return [[index] for index in range(len(samples))]
     return pack([len(sample.input_ids) for sample in samples], recipe.data.seq_length)
-
-
-def _hold_out(samples: list[Sample], ratio: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    held = max(1, round(len(samples) * ratio))
-    if held >= len(samples):
-        raise RecipeError(f"data.eval_ratio {ratio} of {len(samples)} rows leaves none to train on.")
-    chosen = set(np.random.default_rng(seed).permutation(len(samples))[:held].tolist())
-    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
 
 
 def fingerprint(source: HfReader) -> str:

@@ -109,8 +109,8 @@ def test_the_first_loss_is_transformers_masked_cross_entropy(checkpoints, corpus
     job = prepare(recipe)
     trainer = Trainer(recipe, one_rank, job.source)
     rows = job.plan.rows_of_step(0)
-    samples = [job.train_samples[index] for row in rows for index in job.train_rows[row]]
-    batches = [collate([job.train_samples[i] for i in job.train_rows[row]], 1, 1, 0) for row in rows]
+    samples = [job.train.samples[index] for row in rows for index in job.train_rows[row]]
+    batches = [collate([job.train.samples[i] for i in job.train_rows[row]], 1, 1, 0) for row in rows]
     loss = trainer.train(batches, len(batches), total_weights(samples, 1).tolist(), 0.0).losses[0]
     reference = theirs(checkpoints["355b"])
     assert abs(loss / masked_cross_entropy(reference, samples) - 1) <= 1e-5
@@ -135,7 +135,7 @@ def test_packed_equals_unpacked(checkpoints, corpus, one_rank, make_recipe, tmp_
     """Sum of the token losses of a packed row against each sample by itself, 1e-6 relative in fp32."""
     job = prepare(Recipe.from_dict(make_recipe(checkpoints["air"], corpus, tmp_path)))
     model = ours(checkpoints["air"], one_rank)
-    samples = job.train_samples[:6]
+    samples = job.train.samples[:6]
     alone = sum(_token_losses(model, [sample]).double().sum().item() for sample in samples)
     packed = _token_losses(model, samples).double().sum().item()
     assert abs(packed / alone - 1) <= 1e-6
@@ -149,9 +149,9 @@ def test_a_neighbour_does_not_move_a_samples_losses(checkpoints, corpus, one_ran
     """Bit equal, though the neighbour changes how many tokens each expert sees."""
     job = prepare(Recipe.from_dict(make_recipe(checkpoints["air"], corpus, tmp_path)))
     model = ours(checkpoints["air"], one_rank)
-    sample = job.train_samples[3]
+    sample = job.train.samples[3]
     length = len(sample.input_ids)
-    first, second = (_token_losses(model, [sample, neighbour])[:length] for neighbour in job.train_samples[:2])
+    first, second = (_token_losses(model, [sample, neighbour])[:length] for neighbour in job.train.samples[:2])
     assert torch.equal(first, second)
 
 
@@ -176,7 +176,7 @@ def test_recompute_changes_no_gradient(checkpoints, corpus, one_rank, make_recip
         recipe = Recipe.from_dict(make_recipe(checkpoints[like], corpus, tmp_path, **sections, train=train))
         job = prepare(recipe)
         trainer = Trainer(recipe, one_rank, job.source)
-        batch = collate(job.train_samples[:4], 2, 1, 0)
+        batch = collate(job.train.samples[:4], 2, 1, 0)
         result = trainer.train([batch], 1, batch.weights.sum(1).tolist(), 0.0)
         return result, {n: p.main_grad.clone() for n, p in trainer.module.named_parameters() if p.requires_grad}
 

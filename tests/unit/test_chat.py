@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from glm45_tune.data.chat import ChatRenderer, load_tokenizer
-from glm45_tune.data.sources import load_samples, read_jsonl
+from glm45_tune.data.sources import load, read_rows
 from glm45_tune.errors import DataError
+from glm45_tune.recipe import DataConfig
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_renders.json").read_text(encoding="utf-8"))
 # the reference templates are not ours to ship; a checkout that has them beside it compares against them too
@@ -27,7 +28,11 @@ def tokenizer(checkpoints):
 
 @pytest.fixture(scope="module")
 def renderer(tokenizer):
-    return ChatRenderer(tokenizer)
+    return ChatRenderer(tokenizer, options())
+
+
+def options(**changes) -> DataConfig:
+    return DataConfig(train="x", **changes)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -165,8 +170,8 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_the_mask_token_by_token(tokenizer, name):
-    row, options, expected = MASKS[name]
-    sample = ChatRenderer(tokenizer, **options).render(row, "x.jsonl", 1)
+    row, changes, expected = MASKS[name]
+    (sample,) = ChatRenderer(tokenizer, options(**changes)).render(row, "x.jsonl", 1).samples
     assert pieces(tokenizer, sample) == expected
 
 
@@ -174,15 +179,15 @@ def test_ids_are_the_templates_and_one_closing_token(tokenizer, renderer):
     rng = random.Random(1)
     seen = 0
     for number in range(300):
-        messages, tools, options = random_conversation(rng)
-        options.pop("add_generation_prompt")
-        row = {"messages": messages, "tools": tools, **options}
+        messages, tools, asked = random_conversation(rng)
+        asked.pop("add_generation_prompt")
+        row = {"messages": messages, "tools": tools, **asked}
         try:
-            sample = renderer.render(row, "x.jsonl", number)
+            (sample,) = renderer.render(row, "x.jsonl", number).samples
         except DataError as error:
             assert f"x.jsonl:{number}: nothing in this row would be trained" in str(error)
             continue
-        ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **options)
+        ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **asked)
         closing = []
         if messages[-1]["role"] == "assistant":
             closing = [tokenizer.convert_tokens_to_ids("<|observation|>" if messages[-1].get("tool_calls") else "<|user|>")]
@@ -195,7 +200,7 @@ BAD = {
     '{"messages": [{"role": "bot", "content": "x"}]}': ['messages[0].role is "bot"', "system, user, assistant, tool"],
     "{not json": ["not JSON"],
     "[1, 2]": ["holds list"],
-    '{"text": "x"}': ["messages is missing"],
+    '{"foo": "x"}': ["no known format", "'foo'", "'messages'"],
     '{"messages": []}': ["messages is []"],
     '{"messages": ["hi"]}': ["messages[0] is str"],
     '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "x"}]}': ["messages[0].content is null"],
@@ -216,25 +221,26 @@ def test_a_bad_row_is_named_by_file_and_line(renderer, tmp_path, line):
     good = json.dumps({"messages": [USER, ANSWER]})
     path.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
     with pytest.raises(DataError) as fault:
-        load_samples(str(path), renderer, 1000)
+        load(str(path), renderer).check("error")
     assert f"{path}:3:" in str(fault.value)
     for word in BAD[line]:
         assert word in str(fault.value)
 
 
-def test_every_bad_row_is_listed_and_a_long_one_is_bad(renderer, tmp_path):
+def test_every_bad_row_is_listed_and_a_long_one_is_bad(tokenizer, tmp_path):
     path = tmp_path / "train.jsonl"
     rows = [{"messages": [USER, ANSWER]}, {"messages": []}, {"messages": [USER, {**ANSWER, "content": "x" * 300}]}, {}]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(DataError) as fault:
-        load_samples(str(path), renderer, 100)
+        load(str(path), ChatRenderer(tokenizer, options(seq_length=100))).check("error")
     assert [line.split(":")[1] for line in str(fault.value).splitlines()] == ["2", "3", "4"]
     assert "data.seq_length 100" in str(fault.value)
 
 
 def test_the_examples_are_read(renderer):
     root = Path(__file__).parents[2] / "data_examples"
-    files = sorted(root.glob("*.jsonl"))
+    files = sorted(root.glob("*.*"))
     assert files
     for path in files:
-        assert len(load_samples(str(path), renderer, 256)) == len(list(read_jsonl(path)))
+        corpus = load(str(path), renderer)
+        assert not corpus.faults and corpus.samples and corpus.num_rows == len(list(read_rows(path)))

@@ -37,7 +37,7 @@ def test_packing_a_hundred_thousand_is_quick_and_full():
 
 def sample(length, offset=0) -> Sample:
     mask = (np.arange(length) % 3 > 0).astype(np.float32)
-    return Sample(np.arange(offset, offset + length).astype(np.int32), mask, "x", 1, "")
+    return Sample(np.arange(offset, offset + length).astype(np.int32), mask, "x", 1)
 
 
 def test_a_batch_never_labels_across_documents():

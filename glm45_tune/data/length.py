@@ -1,0 +1,61 @@
+"""What becomes of a sample that is longer than a row."""
+
+from dataclasses import dataclass
+
+OVERLONG = ("error", "drop", "truncate", "split")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A rendered conversation. `head` tokens come first and belong to every piece ([gMASK]<sop>, tools, system);
+
+    `turns` are the places where a new user turn begins, the first right behind the head.
+    """
+
+    ids: list[int]
+    mask: list[float]
+    head: int
+    turns: list[int]
+
+
+def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
+    """Pieces of at most `limit` tokens. policy "truncate" leaves out the oldest turns, then what is too long at the end;
+
+    "split" makes as many pieces as are needed, each with the head; "drop" gives none.
+    """
+    if len(tokens.ids) <= limit:
+        return [tokens]
+    if policy == "drop" or tokens.head >= limit:
+        return []
+    pieces = _pieces(tokens, limit)
+    if policy == "split":
+        return pieces
+    # whole turns from the end, as many as fit; when the last turn alone is too long, its beginning
+    starts = [start for start in tokens.turns if tokens.head + len(tokens.ids) - start <= limit]
+    first = starts[0] if starts else max(tokens.turns, default=tokens.head)
+    return [_cut(tokens, first, min(len(tokens.ids), first + limit - tokens.head))]
+
+
+def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
+    ids = tokens.ids[: tokens.head] + tokens.ids[first:last]
+    mask = tokens.mask[: tokens.head] + tokens.mask[first:last]
+    return Tokens(ids, mask, tokens.head, [tokens.head])
+
+
+def _pieces(tokens: Tokens, limit: int) -> list[Tokens]:
+    """Turns gathered while they fit; a turn that does not fit by itself is cut."""
+    room, pieces = limit - tokens.head, []
+    edges = [*tokens.turns, len(tokens.ids)]
+    first = tokens.head
+    for start, end in zip(edges, edges[1:]):
+        if end - first <= room:
+            continue
+        if start > first:
+            pieces.append(_cut(tokens, first, start))
+            first = start
+        while end - first > room:
+            pieces.append(_cut(tokens, first, first + room))
+            first += room
+    if first < len(tokens.ids):
+        pieces.append(_cut(tokens, first, len(tokens.ids)))
+    return pieces

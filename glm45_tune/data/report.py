@@ -1,0 +1,105 @@
+"""What training will see: counts, lengths, packing, every bad row, and samples with their trained tokens in colour."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glm45_tune.data.chat import Sample
+from glm45_tune.data.packing import pack
+from glm45_tune.data.sources import Corpus
+from glm45_tune.recipe import DataConfig
+
+TRAINED, CONTEXT, SPECIAL = "black on green", "dim", "bold"
+_EDGES = [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
+
+
+def summarise(corpus: Corpus, options: DataConfig, tokenizer) -> dict:
+    """Numbers of a corpus, plain enough for JSON."""
+    lengths = np.array([len(sample.input_ids) for sample in corpus.samples], np.int64)
+    weights = [sample.loss_mask for sample in corpus.samples]
+    fitting = lengths[lengths <= options.seq_length]
+    packed = pack(fitting.tolist(), options.seq_length) if options.packing else [[i] for i in range(len(fitting))]
+    opens, closes, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<tool_call>"))
+    thinking = sum(_thinks(sample, opens, closes) for sample in corpus.samples)
+    tools = sum(bool((sample.input_ids == call).any()) for sample in corpus.samples)
+    counts = np.histogram(lengths, _EDGES)[0].tolist() if len(lengths) else []
+    return {
+        "rows": corpus.num_rows,
+        "bad_rows": len(corpus.faults),
+        "samples": len(corpus.samples),
+        "tokens": int(lengths.sum()),
+        "trained_tokens": int(sum((mask > 0).sum() for mask in weights)),
+        "trained_weight": float(sum(mask.sum(dtype=np.float64) for mask in weights)),
+        "longest": int(lengths.max(initial=0)),
+        "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
+        "lengths": {f"{a}-{b - 1}": n for a, b, n in zip(_EDGES, _EDGES[1:], counts) if n},
+        "thinking_share": thinking / max(len(lengths), 1),
+        "tool_share": tools / max(len(lengths), 1),
+        "seq_length": options.seq_length,
+        "packed_rows": len(packed),
+        "fill_ratio": float(fitting.sum()) / max(len(packed) * options.seq_length, 1),
+        **{reason.replace(" ", "_"): count for reason, count in sorted(corpus.counts.items())},
+    }
+
+
+def _thinks(sample: Sample, opens: int, closes: int) -> bool:
+    """A thought that is trained and not empty."""
+    at = np.flatnonzero((sample.input_ids == opens) & (sample.loss_mask > 0))
+    return bool(len(at)) and bool((sample.input_ids[np.minimum(at + 1, len(sample.input_ids) - 1)] != closes).any())
+
+
+def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
+    """The machine's view: summary, the first `show` samples, every bad row."""
+    return {
+        "summary": summary,
+        "samples": [
+            {
+                "source": sample.source,
+                "line": sample.line,
+                "text": tokenizer.decode(sample.input_ids.tolist()),
+                "input_ids": sample.input_ids.tolist(),
+                "loss_mask": sample.loss_mask.tolist(),
+            }
+            for sample in corpus.samples[:show]
+        ],
+        "errors": [
+            {"file": fault.file, "line": fault.line, "field": fault.field, "message": fault.message} for fault in corpus.faults
+        ],
+    }
+
+
+def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console) -> None:
+    """The person's view of the same."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    lengths = summary["lengths"]
+    shown = {key: value for key, value in summary.items() if key != "lengths"}
+    for key, value in shown.items():
+        said = f"{value:.1%}" if key.endswith(("_share", "_ratio")) else f"{value:,.10g}"
+        table.add_row(key.replace("_", " "), said)
+    console.print(table)
+    most = max(lengths.values(), default=1)
+    for span, number in lengths.items():
+        console.print(f"{span + ' tokens':>22s} {'█' * max(1, round(40 * number / most))} {number:,}", highlight=False)
+    for sample in corpus.samples[:count]:
+        console.print(f"\n[bold]{sample.source}:{sample.line}[/bold]  ([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])")
+        console.print(coloured(sample, tokenizer))
+    for fault in corpus.faults:
+        console.print(f"[red]{fault.file}:{fault.line}:[/red] {fault.message}", highlight=False)
+
+
+def coloured(sample: Sample, tokenizer) -> Text:
+    """The sample's text, run by run: what is trained stands out (with its weight where that is not 1), line ends are visible."""
+    text, special = Text(), set(tokenizer.added_tokens_decoder)
+    ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
+    first = 0
+    for position in range(1, len(ids) + 1):
+        if position < len(ids) and mask[position] == mask[first] and (ids[position] in special) == (ids[first] in special):
+            continue
+        style = TRAINED if mask[first] else CONTEXT
+        style += f" {SPECIAL}" if ids[first] in special else ""
+        text.append(tokenizer.decode(ids[first:position]).replace("\n", "⏎\n"), style)
+        if mask[first] not in (0.0, 1.0):
+            text.append(f"×{mask[first]:g}", "yellow")
+        first = position
+    return text

@@ -1,0 +1,326 @@
+"""Every format becomes the same messages, every kind of file the same rows, and every row gets a verdict."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from glm45_tune.data.chat import ChatRenderer, load_tokenizer
+from glm45_tune.data.formats import FORMATS, canonical
+from glm45_tune.data.length import Tokens, fit
+from glm45_tune.data.sources import load, read_source
+from glm45_tune.errors import DataError
+from glm45_tune.recipe import DataConfig
+
+EXAMPLES = Path(__file__).parents[2] / "data_examples"
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S = {"role": "system", "content": "s"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoints):
+    return load_tokenizer(checkpoints["air"])
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer):
+    def make(**options):
+        return ChatRenderer(tokenizer, DataConfig(train="x", **options))
+
+    return make
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+SAME = {
+    "messages": ({"messages": [S, Q, A]}, [S, Q, A]),
+    "messages with aliases": ({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}, [Q, A]),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+        [S, Q, A],
+    ),
+    "sharegpt with a call": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "r"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        [Q, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, A],
+    ),
+    "alpaca": ({"instruction": "q", "output": "a"}, [Q, A]),
+    "alpaca with all": (
+        {"instruction": "q", "input": "more", "output": "a", "system": "s", "history": [["q", "a"]]},
+        [S, Q, A, {"role": "user", "content": "q\nmore"}, A],
+    ),
+    "prompt": ({"prompt": "q", "completion": "a"}, [Q, A]),
+    "prompt of messages": ({"prompt": [S, Q], "completion": [A]}, [S, Q, A]),
+    "query": ({"query": "q", "response": "a", "history": [["q", "a"]], "system": "s"}, [S, Q, A, Q, A]),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_format_becomes_messages(name):
+    row, messages = SAME[name]
+    assert canonical(row) == {"messages": messages}
+    assert canonical({**row, "tools": [{"t": 1}], "enable_thinking": False, "id": 7}) == {
+        "messages": messages,
+        "tools": [{"t": 1}],
+        "enable_thinking": False,
+    }
+
+
+def test_a_named_format_is_held_to():
+    with pytest.raises(DataError, match="conversations is missing, which format sharegpt needs"):
+        canonical({"messages": [Q, A]}, "sharegpt")
+    assert set(FORMATS) == set(DataConfig.model_fields["format"].annotation.__args__[0].__args__)
+
+
+def test_every_format_has_an_example_that_renders(renderer):
+    found = {canonical_name(row) for path in EXAMPLES.iterdir() for _, _, row in read_source(str(path))}
+    assert found == set(FORMATS)
+    corpus = load(str(EXAMPLES), renderer())
+    assert not corpus.faults and len(corpus.samples) == corpus.num_rows > 250
+
+
+def canonical_name(row) -> str:
+    return next(name for name, field in FORMATS.items() if field in row)
+
+
+def test_every_kind_of_file_gives_the_same_samples(renderer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    rows = [{"instruction": f"问题{n}", "input": "", "output": "答" * (n + 1)} for n in range(5)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("\ufeff" + lines, encoding="utf-8")  # a byte order mark
+    (tmp_path / "c.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "d.csv").write_text("instruction,input,output\n" + "".join(f"{r['instruction']},,{r['output']}\n" for r in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "g.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    expected = [sample.input_ids.tolist() for sample in load(str(tmp_path / "a.jsonl"), renderer()).samples]
+    assert len(expected) == 5
+    for path in sorted(tmp_path.iterdir()):
+        corpus = load(str(path), renderer())
+        assert not corpus.faults and [s.input_ids.tolist() for s in corpus.samples] == expected, path
+    whole = load(str(tmp_path), renderer())
+    assert len(whole.samples) == 35 and whole.counts["duplicates"] == 30
+    some = load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1)
+    assert [s.line for s in some.samples] == [s.line for s in load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1).samples]
+    assert len(some.samples) == 3
+    with pytest.raises(DataError, match="asks for 9 rows of 5"):
+        load(f"{tmp_path / 'a.jsonl'}#9", renderer())
+
+
+def test_nested_messages_survive_parquet(renderer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [Q, {**A, "reasoning_content": "think"}]},
+        {"messages": [S, Q, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, A]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    a, b = (load(str(tmp_path / name), renderer()) for name in ("x.parquet", "x.jsonl"))
+    assert not a.faults and [s.input_ids.tolist() for s in a.samples] == [s.input_ids.tolist() for s in b.samples]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.xml", b"<x/>", "unknown kind of file"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read on"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read on"),
+        ("a.json", b'{"text": "x"}', "a list of rows is expected"),
+        ("a.parquet", b"nonsense", "cannot be read on"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(renderer, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as fault:
+        load(str(tmp_path / name), renderer()).check("error")
+    assert words in str(fault.value) and name in str(fault.value)
+
+
+def weights(renderer, messages, **options) -> list[list[float]]:
+    rendering = renderer(**options).render({"messages": messages}, "x", 1)
+    return [sorted(set(sample.loss_mask.tolist())) for sample in rendering.samples]
+
+
+def test_loss_and_loss_scale_are_honoured_with_their_end_token(renderer, tokenizer):
+    messages = [Q, {**A, "loss": False}, Q, {**A, "loss_scale": 0.25}, Q, {**A, "loss": True, "loss_scale": 2}]
+    (sample,) = renderer().render({"messages": messages}, "x", 1).samples
+    trained = [(tokenizer.decode([t]), w) for t, w in zip(sample.input_ids.tolist(), sample.loss_mask.tolist()) if w]
+    assert trained == [("\n", 0.25), ("a", 0.25), ("<|user|>", 0.25), ("\n", 2.0), ("a", 2.0), ("<|user|>", 2.0)]
+    assert sample.loss_mask.sum() == 6.75
+
+
+@pytest.mark.parametrize(
+    "message, field",
+    [({**A, "loss": "yes"}, "messages[1].loss"), ({**A, "loss_scale": -1}, "messages[1].loss_scale"), ({**Q, "loss": True}, "messages[1].loss")],
+)
+def test_a_bad_weight_is_named(renderer, message, field):
+    with pytest.raises(DataError) as fault:
+        renderer().render({"messages": [Q, message, A]}, "x", 1)
+    assert fault.value.field == field
+
+
+def test_turns_last_and_expand(renderer, tokenizer):
+    thought = {**A, "reasoning_content": "t"}
+    messages = [Q, thought, Q, {**thought, "loss": False}, Q, thought]
+    (last,) = renderer(turns="last").render({"messages": messages}, "x", 1).samples
+    assert (last.loss_mask > 0).sum() == len(tokenizer("\n<think>t</think>\na<|user|>")["input_ids"])
+    samples = renderer(turns="expand").render({"messages": messages}, "x", 1).samples
+    assert len(samples) == 2  # the one with loss: false is context only
+    for sample, turns in zip(samples, (2, 6)):
+        ids = tokenizer.apply_chat_template(messages[:turns], return_dict=False)
+        ids.append(tokenizer.convert_tokens_to_ids("<|user|>"))
+        assert sample.input_ids.tolist() == ids
+        text = tokenizer.decode([t for t, w in zip(sample.input_ids.tolist(), sample.loss_mask.tolist()) if w])
+        assert text == "\n<think>t</think>\na<|user|>"
+
+
+def test_text_is_trained_whole_behind_glms_prefix(renderer, tokenizer):
+    (sample,) = renderer().render({"text": "abc"}, "x", 1).samples
+    assert tokenizer.decode(sample.input_ids.tolist()) == "[gMASK]<sop>abc<|endoftext|>"
+    assert sample.loss_mask.tolist()[:2] == [0, 0] and set(sample.loss_mask.tolist()[2:]) == {1.0}
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 5), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 40), st.sampled_from(["drop", "truncate", "split"]))
+def test_no_piece_is_too_long_and_split_loses_nothing(head, turns, limit, policy):
+    starts = [head + sum(turns[:n]) for n in range(len(turns))]
+    total = head + sum(turns)
+    tokens = Tokens(list(range(total)), [0.0] * head + [1.0] * sum(turns), head, starts)
+    pieces = fit(tokens, limit, policy)
+    assert all(len(piece.ids) <= limit and piece.ids[:head] == tokens.ids[:head] for piece in pieces if total > limit)
+    assert all(len(piece.ids) == len(piece.mask) for piece in pieces)
+    if total <= limit:
+        assert pieces == [tokens]
+    elif head >= limit or policy == "drop":
+        assert pieces == []
+    elif policy == "split":
+        assert [t for piece in pieces for t in piece.ids[head:]] == list(range(head, total))
+    else:
+        (piece,) = pieces
+        body = piece.ids[head:]
+        assert body == list(range(body[0], body[0] + len(body))) and body[0] in starts
+        assert body[-1] == total - 1 or body[0] == starts[-1]  # whole last turns, or the last one's beginning
+
+
+def test_overlong_rows_are_counted_by_what_became_of_them(renderer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    long = {"messages": [S, *[Q, {**A, "content": "x" * 40}] * 4]}
+    path.write_text("\n".join(map(json.dumps, [long, {"messages": [Q, A]}])))
+    head = "[gMASK]<sop><|system|>\ns"
+    for policy, samples, count in (("drop", 1, "dropped"), ("truncate", 2, "truncated"), ("split", 5, "split")):
+        made = renderer(overlong=policy, seq_length=70)
+        corpus = load(str(path), made)
+        assert len(corpus.samples) == samples and corpus.counts[count] == 1
+        if policy != "drop":
+            assert made.tokenizer.decode(corpus.samples[0].input_ids.tolist()).startswith(head)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "system", "tool", "gpt", "function_call", "bot"]) | json_values,
+            "content": st.text() | json_values,
+            "reasoning_content": st.text() | json_values,
+            "tool_calls": json_values | st.just([CALL]),
+            "loss": st.booleans() | json_values,
+            "loss_scale": st.floats() | json_values,
+        },
+    )
+    | json_values,
+    max_size=5,
+)
+fuzzed = st.dictionaries(
+    st.sampled_from([*FORMATS.values(), "output", "input", "prompt", "response", "history", "system", "tools", "enable_thinking"]),
+    json_values | messages,
+    max_size=5,
+) | st.fixed_dictionaries({"messages": messages})
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(row=fuzzed)
+def test_any_row_gets_a_verdict(renderer, row):
+    """A sample that trains something, or an error that names the place: never a crash, never silence."""
+    try:
+        samples = renderer().render(row, "f.jsonl", 3).samples
+        assert samples and all(sample.loss_mask.any() for sample in samples)
+    except DataError as error:
+        assert str(error).startswith("f.jsonl:3: ")
+
+
+def test_the_data_command_shows_a_machine_everything(checkpoints, cli, tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [{"messages": [Q, {**A, "reasoning_content": "t"}]}, {"messages": [{"role": "bot", "content": ""}]}, {"messages": [Q, A]}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    code, out, err = cli("data", path, "--model", checkpoints["air"], "--json", "--show", 5)
+    document = json.loads(out)
+    assert code == 2 and "2 of 4 rows are bad" in err
+    assert document["errors"] == [
+        {"file": str(path), "line": 2, "field": "messages[0].role", "message": document["errors"][0]["message"]},
+        {"file": str(path), "line": 4, "field": None, "message": document["errors"][1]["message"]},
+    ]
+    assert [sample["line"] for sample in document["samples"]] == [1, 3]
+    first = document["samples"][0]
+    assert first["text"] == "[gMASK]<sop><|user|>\nq<|assistant|>\n<think>t</think>\na<|user|>"
+    assert len(first["input_ids"]) == len(first["loss_mask"]) and first["loss_mask"][-1] == 1.0
+    summary = document["summary"]
+    assert summary["rows"] == 4 and summary["bad_rows"] == 2 and summary["thinking_share"] == 0.5
+    code, out, _ = cli("data", path, "--model", checkpoints["air"], "on_bad_row=skip")
+    assert code == 0 and "bad rows" in out and "x.jsonl:2" in out.replace("\n", "")
+    assert cli("data", path)[0] == 2 and cli("data", path, "--model", checkpoints["air"], "seqlength=3")[0] == 2
+
+
+def test_sources_with_weights_functions_and_iterables(renderer, tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(
+        "def rows():\n    for n in range(4):\n        yield {'prompt': f'q{n}', 'completion': f'a{n}'}\n    yield 'not a row'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    corpus = load("my_rows:rows", renderer())
+    assert len(corpus.samples) == 4 and [(f.file, f.line) for f in corpus.faults] == [("my_rows:rows", 5)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(10)))
+    options = DataConfig(train=["my_rows:rows", {"path": "x.jsonl", "weight": 2.5}])
+    corpus = load(options.train, renderer(), seed=3)
+    assert len(corpus.samples) == 4 + 25 and len({s.line for s in corpus.samples[4:24]}) == 10
+    again = load(options.train, renderer(), seed=3)
+    assert [s.line for s in again.samples] == [s.line for s in corpus.samples]
+    for source, words in {
+        "no_such:thing": "no such Python function",
+        "nothing.jsonl": "no such file",
+        "hf:": "names no data set",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            load(source, renderer())
+
+
+def test_a_hub_dataset_is_read_by_the_real_client(renderer, tmp_path, monkeypatch):
+    """datasets' own loader on a local repository in the hub's layout; the hub itself is out of a test's reach."""
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "train.jsonl").write_text(json.dumps({"messages": [Q, A]}) + "\n" + json.dumps({"messages": [Q]}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    corpus = load("hf:./repo@train", renderer())
+    assert len(corpus.samples) == 1 and corpus.faults[0].line == 2
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(renderer):
+    with pytest.raises(DataError, match="x:1: .*surrogate"):
+        renderer().render({"text": "a\ud800"}, "x", 1)
