@@ -25,6 +25,12 @@ def pytest_runtest_setup(item):
             pytest.skip(f"needs {mark.args[0]} NVIDIA card(s), {torch.cuda.device_count()} here")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Rendered data of the tests stays with the tests."""
+    os.environ["GLM45_TUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """name → directory of a tiny HF checkpoint: air, 355b, air-no-mtp, 355b-no-mtp, air-other (another seed)."""

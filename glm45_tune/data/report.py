@@ -16,21 +16,23 @@ _EDGES = [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131
 
 def summarise(corpus: Corpus, options: DataConfig, tokenizer) -> dict:
     """Numbers of a corpus, plain enough for JSON."""
-    lengths = np.array([len(sample.input_ids) for sample in corpus.samples], np.int64)
-    weights = [sample.loss_mask for sample in corpus.samples]
+    lengths = corpus.lengths
     fitting = lengths[lengths <= options.seq_length]
     packed = pack(fitting.tolist(), options.seq_length) if options.packing else [[i] for i in range(len(fitting))]
     opens, closes, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<tool_call>"))
-    thinking = sum(_thinks(sample, opens, closes) for sample in corpus.samples)
-    tools = sum(bool((sample.input_ids == call).any()) for sample in corpus.samples)
+    thinking = tools = trained = 0
+    for sample in corpus.samples:
+        thinking += _thinks(sample, opens, closes)
+        tools += bool((sample.input_ids == call).any())
+        trained += int((sample.loss_mask > 0).sum())
     counts = np.histogram(lengths, _EDGES)[0].tolist() if len(lengths) else []
     return {
         "rows": corpus.num_rows,
         "bad_rows": len(corpus.faults),
         "samples": len(corpus.samples),
         "tokens": int(lengths.sum()),
-        "trained_tokens": int(sum((mask > 0).sum() for mask in weights)),
-        "trained_weight": float(sum(mask.sum(dtype=np.float64) for mask in weights)),
+        "trained_tokens": trained,
+        "trained_weight": float(corpus.weights.sum()),
         "longest": int(lengths.max(initial=0)),
         "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
         "lengths": {f"{a}-{b - 1}": n for a, b, n in zip(_EDGES, _EDGES[1:], counts) if n},

@@ -9,14 +9,19 @@ import os
 import random
 import re
 import sys
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from glm45_tune.data.chat import ChatRenderer, Sample
+from glm45_tune.data.store import StoredSamples, key_of, store, stored
 from glm45_tune.errors import DataError
-from glm45_tune.recipe import DataConfig, Sources, sources_of
+from glm45_tune.recipe import DataConfig, SourceConfig, Sources, sources_of
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _PACKED = (".gz", ".zst")
@@ -37,10 +42,20 @@ class Fault:
 class Corpus:
     """Everything some sources hold: samples in order, bad rows, and what was cut or left out, by reason."""
 
-    samples: list[Sample] = field(default_factory=list)
+    samples: Sequence[Sample] = ()
     faults: list[Fault] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     num_rows: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample, int64."""
+        return self.samples.lengths() if len(self.samples) else np.empty(0, np.int64)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Sum of the loss mask of every sample, float64."""
+        return self.samples.weights() if len(self.samples) else np.empty(0)
 
     def check(self, on_bad_row: str) -> None:
         """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
@@ -230,35 +245,82 @@ def _function(source: str):
 
 
 def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
-    """Render every row of every source. Raises DataError when a source is not there; bad rows are collected."""
-    corpus, seen = Corpus(), set()
-    for source in sources_of(sources):
-        first = len(corpus.samples)
-        for file, line, row in read_source(source.path, seed):
-            corpus.num_rows += 1
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                rendering = renderer.render(row, file, line)
-            except DataError as error:
-                message = str(error).removeprefix(f"{file}:{line}: ")
-                corpus.faults.append(Fault(file, line, error.field, message))
-                continue
-            corpus.samples += rendering.samples
-            corpus.counts += rendering.counts
-            key = tuple(hash(sample.input_ids.tobytes()) for sample in rendering.samples)
-            corpus.counts["duplicates"] += key in seen
-            seen.add(key)
-        corpus.samples[first:] = _weighted(corpus.samples[first:], source.weight, seed)
-    corpus.counts = +corpus.counts
-    return corpus
+    """Render every row of every source, or find it rendered. Raises DataError when a source is not there."""
+    corpora = [_load_one(source, renderer, seed) for source in sources_of(sources)]
+    if len(corpora) == 1:
+        return corpora[0]
+    return Corpus(
+        Chain([corpus.samples for corpus in corpora]),
+        [fault for corpus in corpora for fault in corpus.faults],
+        sum((corpus.counts for corpus in corpora), Counter()),
+        sum(corpus.num_rows for corpus in corpora),
+    )
 
 
-def _weighted(samples: list[Sample], weight: float, seed: int) -> list[Sample]:
+def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus:
+    # what a hub or a function yields has no content to know it by, and is rendered anew
+    name = source.path.rpartition("#")[0] if not Path(source.path).exists() and "#" in source.path else source.path
+    files = files_of(name) if Path(name).exists() else None
+    key = key_of(files, renderer.options, renderer.tokenizer, f"{source.path} {seed}") if files else None
+    found = stored(key) if key else None
+    if found is None:
+        num_bytes = sum(file.stat().st_size for file in files) if files else 0
+        found = store(key, read_source(source.path, seed), renderer, num_bytes)
+    path, facts = found
+    samples: Sequence[Sample] = StoredSamples(path)
+    if source.weight != 1:
+        samples = Chosen(samples, _weighted(len(samples), source.weight, seed))
+    return Corpus(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
+
+
+class Chain(Sequence):
+    """Several StoredSamples end to end."""
+
+    def __init__(self, parts: list):
+        self._parts, self._ends = parts, list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([part.lengths() for part in self._parts])
+
+    def weights(self) -> np.ndarray:
+        return np.concatenate([part.weights() for part in self._parts])
+
+
+class Chosen(Sequence):
+    """Some of StoredSamples, in a given order."""
+
+    def __init__(self, whole, order: list[int]):
+        self._whole, self._order = whole, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._whole[i] for i in self._order[index]]
+        return self._whole[self._order[index]]
+
+    def lengths(self) -> np.ndarray:
+        return self._whole.lengths()[self._order]
+
+    def weights(self) -> np.ndarray:
+        return self._whole.weights()[self._order]
+
+
+def _weighted(count: int, weight: float, seed: int) -> list[int]:
     """Every sample as often as the whole part of `weight` says, and a share of them, drawn by the seed, once more."""
     whole, part = divmod(weight, 1)
-    more = sorted(random.Random(seed).sample(range(len(samples)), round(part * len(samples))))
-    return samples * int(whole) + [samples[index] for index in more]
+    return list(range(count)) * int(whole) + sorted(random.Random(seed).sample(range(count), round(part * count)))
 
 
 def load_data(options: DataConfig, tokenizer, seed: int = 0) -> tuple[Corpus, Corpus]:
@@ -276,6 +338,7 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0) -> tuple[Corpus, Co
         if count >= len(train.samples):
             raise DataError(f"data.eval_ratio {options.eval_ratio} of {len(train.samples)} samples leaves none to train on.")
         chosen = set(random.Random(seed).sample(range(len(train.samples)), count))
-        held.samples = [sample for index, sample in enumerate(train.samples) if index in chosen]
-        train.samples = [sample for index, sample in enumerate(train.samples) if index not in chosen]
+        everything = train.samples
+        held.samples = Chosen(everything, sorted(chosen))
+        train.samples = Chosen(everything, [index for index in range(len(everything)) if index not in chosen])
     return train, held

@@ -138,8 +138,7 @@ def _introduce(job: Job, trainer: Trainer, step: int) -> None:
     """Ten lines that say what will run."""
     recipe, layout, spec = job.recipe, job.layout, job.source.spec
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
-    tokens = sum(len(sample.input_ids) for sample in job.train.samples)
-    weights = sum(float(sample.loss_mask.sum()) for sample in job.train.samples)
+    tokens, weights = int(job.train.lengths.sum()), float(job.train.weights.sum())
     fill = tokens / (len(job.train_rows) * recipe.data.seq_length)
     what = f"LoRA r {recipe.lora.r} on {', '.join(recipe.lora.targets)}" if recipe.lora else "all weights"
     lines = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.stream import open_model
 from glm45_tune.conversion.tensors import HfReader
-from glm45_tune.data.chat import Sample, load_tokenizer
+from glm45_tune.data.chat import load_tokenizer
 from glm45_tune.data.packing import BatchPlan, pack
 from glm45_tune.data.sources import Corpus, load_data
 from glm45_tune.errors import RecipeError, UserError
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe) -> Job:
     check_run_directory(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
     corpus, held_out = load_data(recipe.data, tokenizer, train.seed)
-    rows = _rows(corpus.samples, recipe)
+    rows = _rows(corpus, recipe)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
         recipe,
@@ -82,16 +82,16 @@ def prepare(recipe: Recipe) -> Job:
         corpus,
         held_out,
         rows,
-        _rows(held_out.samples, recipe),
+        _rows(held_out, recipe),
         plan,
         train.steps or train.epochs * plan.steps_per_epoch,
     )
 
 
-def _rows(samples: list[Sample], recipe: Recipe) -> list[list[int]]:
+def _rows(corpus: Corpus, recipe: Recipe) -> list[list[int]]:
     if not recipe.data.packing:
-        return [[index] for index in range(len(samples))]
-    return pack([len(sample.input_ids) for sample in samples], recipe.data.seq_length)
+        return [[index] for index in range(len(corpus.samples))]
+    return pack(corpus.lengths.tolist(), recipe.data.seq_length)
 
 
 def fingerprint(source: HfReader) -> str:
