@@ -20,17 +20,31 @@ def timed(function):
     return result, time.perf_counter() - started
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Conversations of long-tailed lengths, Chinese and English."""
+def write_rows(path: Path, count: int, words_a_row: float) -> None:
+    """Conversations of long-tailed lengths around `words_a_row`, Chinese and English."""
     rng = np.random.default_rng(0)
-    words = "北京 的 天气 怎么样 模型 先 思考 再 回答 the weather function returns a JSON object with city and temperature".split()
-    lengths = np.clip(rng.lognormal(3.2, 0.9, count).astype(int), 3, 900)
+    vocabulary = "北京 的 天气 怎么样 模型 先 思考 再 回答 the weather function returns a JSON object with city and temperature".split()
+    lengths = np.clip(rng.lognormal(np.log(words_a_row), 0.9, count).astype(int), 3, 1200)
     with open(path, "w", encoding="utf-8") as file:
         for number, length in enumerate(lengths):
-            said = " ".join(rng.choice(words, length))
+            said = " ".join(rng.choice(vocabulary, length))
             answer = {"role": "assistant", "content": said, "reasoning_content": said[: length // 2]}
             row = {"messages": [{"role": "user", "content": f"{number}: {said[:60]}?"}, answer]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def compare_with_bare(path: Path, tokenizer, renderer) -> None:
+    """Our samples against the bare tokenizer on the same strings, one process, in turns."""
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    encode = tokenizer.backend_tokenizer.encode
+    ours, bare = [], []
+    for _ in range(3):
+        count, seconds = timed(lambda: sum(len(encode(text, add_special_tokens=False).ids) for text in texts))
+        bare.append(seconds)
+        ours.append(timed(lambda: [renderer.render(row, "x", 1) for row in rows])[1])
+    ratio = sorted(b / o for b, o in zip(bare, ours))[1]
+    print(f"one process, {count / len(rows):.0f} tokens a row: {count / min(ours):,.0f} tokens/s, {ratio:.2f} of the bare tokenizer's")
 
 
 def main() -> None:
@@ -53,19 +67,11 @@ def main() -> None:
         path = Path(holder) / "rows.jsonl"
         checkpoint.write(Path(holder) / "tiny")
         tokenizer = load_tokenizer(Path(holder) / "tiny")
-        write_rows(path, count)
         renderer = ChatRenderer(tokenizer, DataConfig(train=str(path), seq_length=8192))
-
-        some = [json.loads(line) for line in path.open(encoding="utf-8")][: min(count, 5000)]
-        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in some]
-        encode = tokenizer.backend_tokenizer.encode
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        for _ in range(2):  # the second time is warm
-            ids, bare = timed(lambda: sum(len(encode(text, add_special_tokens=False).ids) for text in texts))
-            done, whole = timed(lambda: [renderer.render(row, "x", 1) for row in some])
-        tokens = sum(len(sample.input_ids) for rendering in done for sample in rendering.samples)
-        print(f"one process: {tokens / whole:,.0f} tokens/s, {(tokens / whole) / (ids / bare):.2f} of the bare tokenizer's")
-
+        for words in (25, 150):
+            write_rows(path, 3000, words)
+            compare_with_bare(path, tokenizer, renderer)
+        write_rows(path, count, 25)
         corpus, first = timed(lambda: load(str(path), renderer))
         (_, again) = timed(lambda: pack(load(str(path), renderer).lengths.tolist(), 8192))
         total = int(corpus.lengths.sum())

@@ -61,6 +61,8 @@ class ChatRenderer:
         self.tokenizer, self.options = tokenizer, options
         self._role_ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLE_TOKENS.items()}
         self._kinds = {token: role for role, token in self._role_ids.items()}
+        self._opens_turn = np.zeros(len(tokenizer), bool)  # by token id
+        self._opens_turn[list(self._kinds)] = True
         self._empty_think = self._empty_thought()
 
     def _empty_thought(self) -> list[int]:
@@ -90,8 +92,7 @@ class ChatRenderer:
             located = DataError(f"{source}:{line}: {error}")
             located.field, located.fault = error.field, error.fault
             raise located from None
-        arrays = ((np.asarray(t.ids, np.int32), np.asarray(t.mask, np.float32)) for t in samples)
-        return Rendering([Sample(ids, mask, source, line) for ids, mask in arrays], counts)
+        return Rendering([Sample(tokens.ids, tokens.mask, source, line) for tokens in samples], counts)
 
     def _fitted(self, found: list[Tokens]) -> tuple[list[Tokens], Counter]:
         limit, policy = self.options.seq_length, self.options.overlong
@@ -103,7 +104,7 @@ class ChatRenderer:
                     "data.overlong what should become of it"
                 )
             pieces = fit(tokens, limit, policy)
-            trained = [piece for piece in pieces if any(piece.mask)]
+            trained = [piece for piece in pieces if piece.mask.any()]
             if len(tokens.ids) > limit:
                 counts[{"drop": "dropped", "truncate": "truncated", "split": "split"}[policy] if pieces else "dropped"] += 1
                 counts["pieces that would train nothing"] += len(pieces) - len(trained)
@@ -116,7 +117,9 @@ class ChatRenderer:
         """Plain text as GLM was pre-trained on it: behind [gMASK]<sop>, ended by <|endoftext|>, all of it trained."""
         head = self._ids("[gMASK]<sop>")
         body = self._ids(text) + [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-        return Tokens(head + body, [0.0] * len(head) + [1.0] * len(body), len(head), [len(head)])
+        mask = np.ones(len(head) + len(body), np.float32)
+        mask[: len(head)] = 0
+        return Tokens(np.array(head + body, np.int32), mask, len(head), [len(head)])
 
     def _conversations(self, row: dict) -> list[Tokens]:
         """The row's conversation; with `turns: expand` one for each assistant turn, ending with it."""
@@ -142,8 +145,8 @@ class ChatRenderer:
             text = self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the checkpoint's chat template refuses this conversation: {error}") from error
-        ids = self._ids(text)
-        starts = [position for position, token in enumerate(ids) if token in self._kinds]
+        ids = np.array(self._ids(text), np.int32)
+        starts = np.flatnonzero(self._opens_turn[ids]).tolist()
         owners = [-1] * bool(tools)  # whose message each role token opens; the tool definitions have one of their own
         owners += [
             number
@@ -152,15 +155,15 @@ class ChatRenderer:
             if message["role"] != "tool" or number == 0 or messages[number - 1]["role"] != "tool"
         ]
         roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
-        if [self._kinds[ids[position]] for position in starts] != roles:
+        if [self._kinds[int(ids[position])] for position in starts] != roles:
             raise DataError(
                 f"a message's text holds one of the control tokens {', '.join(ROLE_TOKENS.values())}, which would be read "
                 "as a turn of its own. Remove it, or write it differently"
             )
         last = messages[-1]
         if last["role"] == "assistant":  # what the engine would stop at; it follows, so it is learned
-            ids = ids + [self._role_ids["tool" if last.get("tool_calls") else "user"]]
-        mask = [0.0] * len(ids)
+            ids = np.append(ids, np.int32(self._role_ids["tool" if last.get("tool_calls") else "user"]))
+        mask = np.zeros(len(ids), np.float32)
         ends = [*starts[1:], len(ids) - (last["role"] == "assistant")]
         for number, start, end in zip(owners, starts, ends):
             if number in trained:
@@ -169,13 +172,13 @@ class ChatRenderer:
         head = users[0] if users and "assistant" not in roles[: roles.index("user")] else starts[0] if starts else len(ids)
         return Tokens(ids, mask, head, [start for start in users if start >= head] or [head])
 
-    def _weigh(self, ids: list[int], mask: list[float], first: int, end: int, weight: float, thinking: bool | None) -> None:
+    def _weigh(self, ids: np.ndarray, mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None) -> None:
         """Weight an assistant turn [first, end) and the token behind it, if that is one that ends a turn."""
-        empty = ids[first : first + len(self._empty_think)] == self._empty_think
+        empty = ids[first : first + len(self._empty_think)].tolist() == self._empty_think
         if empty and not (self.options.train_empty_think and thinking is not False):
             first += len(self._empty_think)
-        ends_turn = end < len(ids) and self._kinds[ids[end]] in ("user", "tool")
-        mask[first : end + ends_turn] = [weight] * (end + ends_turn - first)
+        ends_turn = end < len(ids) and self._kinds[int(ids[end])] in ("user", "tool")
+        mask[first : end + ends_turn] = weight
 
 
 def check_messages(row: dict) -> list[dict]:

@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass
 
-OVERLONG = ("error", "drop", "truncate", "split")
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A rendered conversation. `head` tokens come first and belong to every piece ([gMASK]<sop>, tools, system);
+    """A rendered conversation: ids int32 [n], mask float32 [n]. `head` tokens come first and belong to every piece ([gMASK]<sop>, tools, system);
 
     `turns` are the places where a new user turn begins, the first right behind the head.
     """
 
-    ids: list[int]
-    mask: list[float]
+    ids: np.ndarray
+    mask: np.ndarray
     head: int
     turns: list[int]
 
@@ -37,8 +37,7 @@ def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
 
 
 def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
-    ids = tokens.ids[: tokens.head] + tokens.ids[first:last]
-    mask = tokens.mask[: tokens.head] + tokens.mask[first:last]
+    ids, mask = (np.concatenate((x[: tokens.head], x[first:last])) for x in (tokens.ids, tokens.mask))
     return Tokens(ids, mask, tokens.head, [tokens.head])
 
 
