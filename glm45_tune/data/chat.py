@@ -78,7 +78,9 @@ class ChatRenderer:
 
     def _ids(self, text: str) -> list[int]:
         try:
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            # "fast" leaves out the character offsets, a quarter of the time
+            (encoding,) = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            return encoding.ids
         except TypeError:
             raise DataError("the text is no valid Unicode: it holds half of a surrogate pair") from None
 
