@@ -129,8 +129,12 @@ def verify(
 @app.command()
 def data(
     source: Annotated[Path, typer.Argument(help="A data file or folder, or a recipe (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the data section, such as seq_length=4096.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint whose tokenizer and template are used; a recipe names its own.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the data section, such as seq_length=4096.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose tokenizer and template are used; a recipe names its own.")
+    ] = None,
     show: Annotated[int, typer.Option(help="How many samples to show.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
@@ -147,7 +151,9 @@ def data(
         recipe = Recipe.load(source, changes)
         model = model or Path(recipe.model.path)
     elif model is None:
-        raise UserError("data: --model DIR is needed with a data file: the checkpoint whose tokenizer and template are used.")
+        raise UserError(
+            "data: --model DIR is needed with a data file: the checkpoint whose tokenizer and template are used."
+        )
     else:
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
@@ -158,7 +164,9 @@ def data(
     else:
         report.show(corpus, summary, tokenizer, show, Console())
     if corpus.faults and recipe.data.on_bad_row == "error":
-        raise UserError(f"{len(corpus.faults)} of {corpus.num_rows} rows are bad. Mend them, or train the rest with on_bad_row=skip.")
+        raise UserError(
+            f"{len(corpus.faults)} of {corpus.num_rows} rows are bad. Mend them, or train the rest with on_bad_row=skip."
+        )
 
 
 @app.command()
@@ -269,3 +277,6 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             _say(f"error: {error}")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)

@@ -75,6 +75,8 @@ class DataConfig(_Section):
     """Which assistant turns are trained: all, the last, or each as a sample of its own, in the context it has at inference."""
     packing: bool = True
     """Fill rows with several samples. Off: one sample a row."""
+    history_thinking: Literal["template", "keep"] = "template"
+    """keep: thoughts of earlier turns stay, where the checkpoint's template can (GLM-4.7's); template: as it does by itself."""
     enable_thinking: bool | None = None
     """Passed to the chat template as it is; null passes nothing. A row's own field wins."""
     train_empty_think: bool = False
@@ -233,7 +235,12 @@ class Recipe(_Section):
     @classmethod
     def of_data(cls, source: str, model: str, overrides: list[str]) -> "Recipe":
         """A recipe around one data source, everything else at its defaults."""
-        document = {"model": {"path": model}, "data": {"train": source}, "train": {"epochs": 1}, "output_dir": "runs/unnamed"}
+        document = {
+            "model": {"path": model},
+            "data": {"train": source},
+            "train": {"epochs": 1},
+            "output_dir": "runs/unnamed",
+        }
         for override in overrides:
             _override(document, override)
         return cls.from_dict(document, source)

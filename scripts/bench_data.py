@@ -44,7 +44,9 @@ def compare_with_bare(path: Path, tokenizer, renderer) -> None:
         bare.append(seconds)
         ours.append(timed(lambda: [renderer.render(row, "x", 1) for row in rows])[1])
     ratio = sorted(b / o for b, o in zip(bare, ours))[1]
-    print(f"one process, {count / len(rows):.0f} tokens a row: {count / min(ours):,.0f} tokens/s, {ratio:.2f} of the bare tokenizer's")
+    print(
+        f"one process, {count / len(rows):.0f} tokens a row: {count / min(ours):,.0f} tokens/s, {ratio:.2f} of the bare tokenizer's"
+    )
 
 
 def main() -> None:
@@ -75,9 +77,13 @@ def main() -> None:
         corpus, first = timed(lambda: load(str(path), renderer))
         (_, again) = timed(lambda: pack(load(str(path), renderer).lengths.tolist(), 8192))
         total = int(corpus.lengths.sum())
-        print(f"{count:,} rows, {total:,} tokens: first start {first:.1f} s, with a warm cache {again:.2f} s (packing included)")
+        print(
+            f"{count:,} rows, {total:,} tokens: first start {first:.1f} s, with a warm cache {again:.2f} s (packing included)"
+        )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(f"peak memory of this process {peak:,.0f} MiB; cache {sum(f.stat().st_size for f in Path(holder, 'data').iterdir()) / 2**20:.0f} MiB")
+        print(
+            f"peak memory of this process {peak:,.0f} MiB; cache {sum(f.stat().st_size for f in Path(holder, 'data').iterdir()) / 2**20:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

@@ -63,15 +63,16 @@ class ChatRenderer:
         self._kinds = {token: role for role, token in self._role_ids.items()}
         self._opens_turn = np.zeros(len(tokenizer), bool)  # by token id
         self._opens_turn[list(self._kinds)] = True
-        self._empty_think = self._empty_thought()
+        self._given, self._empty_think = self._prompted(), self._prompted(enable_thinking=False)
 
-    def _empty_thought(self) -> list[int]:
-        """What the template puts behind `<|assistant|>` when thinking is off: "\n<think></think>" in 4.5, "</think>" in 4.7."""
+    def _prompted(self, **options) -> list[int]:
+        """What the template puts behind `<|assistant|>` in a generation prompt: nothing in 4.5 by default, and
+
+        "\n<think></think>" when thinking is off; "</think>" then in 4.7.
+        """
         question = [{"role": "user", "content": "?"}]
         without, prompt = (
-            self.tokenizer.apply_chat_template(
-                question, tokenize=False, add_generation_prompt=generation, enable_thinking=False
-            )
+            self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=generation, **options)
             for generation in (False, True)
         )
         return self._ids(prompt.removeprefix(without))[1:]
@@ -145,6 +146,13 @@ class ChatRenderer:
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options)
+            if self.options.history_thinking == "keep":
+                options["clear_thinking"] = False  # the templates that can keep thoughts call it so
+                dropping, text = text, self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options)
+                if text == dropping and _has_history_thoughts(messages):
+                    raise DataError(
+                        "this checkpoint's chat template drops the thoughts of earlier turns: history_thinking keep cannot be had"
+                    )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the checkpoint's chat template refuses this conversation: {error}") from error
         ids = np.array(self._ids(text), np.int32)
@@ -176,11 +184,18 @@ class ChatRenderer:
 
     def _weigh(self, ids: np.ndarray, mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None) -> None:
         """Weight an assistant turn [first, end) and the token behind it, if that is one that ends a turn."""
-        empty = ids[first : first + len(self._empty_think)].tolist() == self._empty_think
-        if empty and not (self.options.train_empty_think and thinking is not False):
-            first += len(self._empty_think)
+        if ids[first : first + len(self._empty_think)].tolist() == self._empty_think:
+            if thinking is False or not self.options.train_empty_think:
+                first += len(self._empty_think)
+        elif ids[first : first + len(self._given)].tolist() == self._given:
+            first += len(self._given)
         ends_turn = end < len(ids) and self._kinds[int(ids[end])] in ("user", "tool")
         mask[first : end + ends_turn] = weight
+
+
+def _has_history_thoughts(messages: list[dict]) -> bool:
+    last_user = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    return any(message.get("reasoning_content") for message in messages[:last_user])
 
 
 def check_messages(row: dict) -> list[dict]:

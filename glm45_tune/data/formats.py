@@ -1,11 +1,11 @@
 """The shapes in which people keep conversations, each turned into messages, or into plain text.
 
-    messages         {"messages": [{"role", "content", "reasoning_content", "tool_calls", "loss", "loss_scale"}], "tools"}
-    sharegpt         {"conversations": [{"from", "value"}], "system", "tools"}
-    alpaca           {"instruction", "input", "output", "system", "history"}
-    prompt           {"prompt", "completion"}, text or messages each
-    query            {"query", "response", "history", "system"}
-    text             {"text"}: continued pre-training
+messages         {"messages": [{"role", "content", "reasoning_content", "tool_calls", "loss", "loss_scale"}], "tools"}
+sharegpt         {"conversations": [{"from", "value"}], "system", "tools"}
+alpaca           {"instruction", "input", "output", "system", "history"}
+prompt           {"prompt", "completion"}, text or messages each
+query            {"query", "response", "history", "system"}
+text             {"text"}: continued pre-training
 """
 
 import json
@@ -22,7 +22,13 @@ FORMATS = {
     "text": "text",
 }
 ROLES = ("system", "user", "assistant", "tool")
-_ALIASES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "tool_response": "tool"}
+_ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool_response": "tool",
+}
 _KEPT = ("tools", "enable_thinking")
 
 

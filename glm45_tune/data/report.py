@@ -66,7 +66,8 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
             for sample in corpus.samples[:show]
         ],
         "errors": [
-            {"file": fault.file, "line": fault.line, "field": fault.field, "message": fault.message} for fault in corpus.faults
+            {"file": fault.file, "line": fault.line, "field": fault.field, "message": fault.message}
+            for fault in corpus.faults
         ],
     }
 
@@ -84,7 +85,9 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console)
     for span, number in lengths.items():
         console.print(f"{span + ' tokens':>22s} {'█' * max(1, round(40 * number / most))} {number:,}", highlight=False)
     for sample in corpus.samples[:count]:
-        console.print(f"\n[bold]{sample.source}:{sample.line}[/bold]  ([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])")
+        console.print(
+            f"\n[bold]{sample.source}:{sample.line}[/bold]  ([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])"
+        )
         console.print(coloured(sample, tokenizer))
     for fault in corpus.faults:
         console.print(f"[red]{fault.file}:{fault.line}:[/red] {fault.message}", highlight=False)

@@ -64,7 +64,9 @@ class Corpus:
             more = f"\n… and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
             raise DataError("\n".join(lines) + more)
         if not self.samples:
-            raise DataError(f"of {self.num_rows} rows none is left to train on ({len(self.faults)} bad, {dict(self.counts)}).")
+            raise DataError(
+                f"of {self.num_rows} rows none is left to train on ({len(self.faults)} bad, {dict(self.counts)})."
+            )
 
 
 def files_of(source: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """Rendered samples on disk as Arrow, memory-mapped: rendered once by all cores, read by every rank, found again next time."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
 
 from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.errors import DataError
@@ -83,7 +85,7 @@ def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_byte
     """Render rows into an Arrow file at `path`, in order. Returns bad rows, counts by reason, and the number of rows."""
     faults, counts, seen, num_rows = [], Counter(), set(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer, _progress() as tick:
         for batch, bad, reasons, keys, size in _rendered(rows, renderer, num_bytes):
             writer.write_batch(batch)
             faults += bad
@@ -91,7 +93,16 @@ def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_byte
             counts["duplicates"] += sum(key in seen for key in keys) + len(keys) - len(set(keys))
             seen.update(keys)
             num_rows += size
+            tick(num_rows)
     return faults, +counts, num_rows
+
+
+@contextlib.contextmanager
+def _progress():
+    """A line with the rows done, on a terminal; yields a function that takes their number."""
+    console = Console(stderr=True)
+    with console.status("rendering data") as status:
+        yield lambda count: status.update(f"rendering data: {count:,} rows")
 
 
 def _rendered(rows: Iterable[Row], renderer: ChatRenderer, num_bytes: int) -> Iterator[tuple]:

@@ -244,3 +244,49 @@ def test_the_examples_are_read(renderer):
     for path in files:
         corpus = load(str(path), renderer)
         assert not corpus.faults and corpus.samples and corpus.num_rows == len(list(read_rows(path)))
+
+
+def like_47(template: str) -> str:
+    """GLM-4.7's way made of our 4.5 template: no line end behind role tokens, an empty thought is </think> alone, the default
+
+    prompt opens the thought, and clear_thinking false keeps the thoughts of earlier turns.
+    """
+    for old, new in {
+        "{{- '\\n<think>' ~ (thought.strip() if keeps_thought else '') ~ '</think>' -}}": (
+            "{{- ('<think>' ~ thought.strip() if keeps_thought and thought.strip() else '') ~ '</think>' -}}"
+        ),
+        "{{- '\\n' ~ body.strip() if body.strip() else '' -}}": "{{- body.strip() -}}",
+        "'<|user|>\\n'": "'<|user|>'",
+        "loop.index0 > last.user)": "loop.index0 > last.user or (clear_thinking is defined and not clear_thinking))",
+        "('\\n<think></think>' if quiet else '')": "('</think>' if quiet else '<think>')",
+    }.items():
+        assert old in template, old
+        template = template.replace(old, new)
+    return template
+
+
+@pytest.fixture(scope="module")
+def tokenizer_47(checkpoints):
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoints["air"]))
+    tokenizer.chat_template = like_47(tokenizer.chat_template)
+    return tokenizer
+
+
+def test_what_is_trained_follows_from_what_the_template_prompts_with(tokenizer_47):
+    """Under a template like GLM-4.7's: the <think> of the prompt is context, an empty thought is </think> alone."""
+    renderer = ChatRenderer(tokenizer_47, options())
+    (sample,) = renderer.render({"messages": [USER, THOUGHT]}, "x", 1).samples
+    prompt = "[gMASK]<sop><|user|>2+2?<|assistant|>"
+    assert pieces(tokenizer_47, sample) == [(prompt + "<think>", False), ("two plus two</think>4<|user|>", True)]
+    (sample,) = renderer.render({"messages": [USER, ANSWER]}, "x", 1).samples
+    assert pieces(tokenizer_47, sample) == [(prompt + "</think>", False), ("4<|user|>", True)]
+
+
+def test_history_thoughts_are_kept_where_the_template_can(tokenizer, tokenizer_47):
+    row = {"messages": [USER, THOUGHT, USER, THOUGHT]}
+    (sample,) = ChatRenderer(tokenizer_47, options(history_thinking="keep")).render(row, "x", 1).samples
+    text = tokenizer_47.decode([t for t, w in zip(sample.input_ids.tolist(), sample.loss_mask.tolist()) if w])
+    assert text == 2 * "two plus two</think>4<|user|>"
+    with pytest.raises(DataError, match="drops the thoughts of earlier turns"):
+        ChatRenderer(tokenizer, options(history_thinking="keep")).render(row, "x", 1)
+    ChatRenderer(tokenizer, options(history_thinking="keep")).render({"messages": [USER, THOUGHT]}, "x", 1)

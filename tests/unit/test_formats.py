@@ -102,7 +102,9 @@ def test_every_kind_of_file_gives_the_same_samples(renderer, tmp_path):
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text("\ufeff" + lines, encoding="utf-8")  # a byte order mark
     (tmp_path / "c.json").write_text(json.dumps(rows), encoding="utf-8")
-    (tmp_path / "d.csv").write_text("instruction,input,output\n" + "".join(f"{r['instruction']},,{r['output']}\n" for r in rows))
+    (tmp_path / "d.csv").write_text(
+        "instruction,input,output\n" + "".join(f"{r['instruction']},,{r['output']}\n" for r in rows)
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "g.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
@@ -126,7 +128,15 @@ def test_nested_messages_survive_parquet(renderer, tmp_path):
 
     rows = [
         {"messages": [Q, {**A, "reasoning_content": "think"}]},
-        {"messages": [S, Q, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "r"}, A]},
+        {
+            "messages": [
+                S,
+                Q,
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "r"},
+                A,
+            ]
+        },
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -166,7 +176,11 @@ def test_loss_and_loss_scale_are_honoured_with_their_end_token(renderer, tokeniz
 
 @pytest.mark.parametrize(
     "message, field",
-    [({**A, "loss": "yes"}, "messages[1].loss"), ({**A, "loss_scale": -1}, "messages[1].loss_scale"), ({**Q, "loss": True}, "messages[1].loss")],
+    [
+        ({**A, "loss": "yes"}, "messages[1].loss"),
+        ({**A, "loss_scale": -1}, "messages[1].loss_scale"),
+        ({**Q, "loss": True}, "messages[1].loss"),
+    ],
 )
 def test_a_bad_weight_is_named(renderer, message, field):
     with pytest.raises(DataError) as fault:
@@ -196,7 +210,12 @@ def test_text_is_trained_whole_behind_glms_prefix(renderer, tokenizer):
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.integers(0, 5), st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 40), st.sampled_from(["drop", "truncate", "split"]))
+@given(
+    st.integers(0, 5),
+    st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    st.integers(1, 40),
+    st.sampled_from(["drop", "truncate", "split"]),
+)
 def test_no_piece_is_too_long_and_split_loses_nothing(head, turns, limit, policy):
     starts = [head + sum(turns[:n]) for n in range(len(turns))]
     total = head + sum(turns)
@@ -254,7 +273,9 @@ messages = st.lists(
     max_size=5,
 )
 fuzzed = st.dictionaries(
-    st.sampled_from([*FORMATS.values(), "output", "input", "prompt", "response", "history", "system", "tools", "enable_thinking"]),
+    st.sampled_from(
+        [*FORMATS.values(), "output", "input", "prompt", "response", "history", "system", "tools", "enable_thinking"]
+    ),
     json_values | messages,
     max_size=5,
 ) | st.fixed_dictionaries({"messages": messages})
@@ -273,7 +294,11 @@ def test_any_row_gets_a_verdict(renderer, row):
 
 def test_the_data_command_shows_a_machine_everything(checkpoints, cli, tmp_path):
     path = tmp_path / "x.jsonl"
-    rows = [{"messages": [Q, {**A, "reasoning_content": "t"}]}, {"messages": [{"role": "bot", "content": ""}]}, {"messages": [Q, A]}]
+    rows = [
+        {"messages": [Q, {**A, "reasoning_content": "t"}]},
+        {"messages": [{"role": "bot", "content": ""}]},
+        {"messages": [Q, A]},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n{")
     code, out, err = cli("data", path, "--model", checkpoints["air"], "--json", "--show", 5)
     document = json.loads(out)
