@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from glm45_tune.conversion.mcore_files import TorchDistFiles
 from glm45_tune.conversion.names import Row, is_mtp, rows
 from glm45_tune.conversion.outdir import whole
-from glm45_tune.conversion.tensors import HfReader, split_row
+from glm45_tune.conversion.tensors import ALL, HfReader, split_row
 from glm45_tune.errors import CheckpointError
 from glm45_tune.recipe import LoraConfig
 from glm45_tune.spec import ModelSpec
@@ -217,9 +217,10 @@ class Merged:
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        tensor = self.base.read(name, first, last)
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        tensor = self.base.read(name, first, last, columns)
         if name not in self._factors:
             return tensor
         lora_A, lora_B, scaling = self._factors[name]
+        lora_A = lora_A[:, columns]
         return torch.addmm(tensor.float(), lora_B[first:last].float(), lora_A.float(), alpha=scaling).to(tensor.dtype)

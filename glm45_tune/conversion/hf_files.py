@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from glm45_tune.conversion.names import hf_shapes, rows
-from glm45_tune.conversion.tensors import HfReader
+from glm45_tune.conversion.tensors import ALL, HfReader
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 
@@ -95,9 +95,10 @@ class HfDir:
             )
         return _DTYPES[code]
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows [first, last) of a tensor; only their bytes are read."""
-        return self._slice(name)[first : self.shape(name)[0] if last is None else last]
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        """Rows [first, last) of a tensor, of a matrix these columns; only their bytes are read."""
+        rows = slice(first, self.shape(name)[0] if last is None else last)
+        return self._slice(name)[rows] if columns == ALL else self._slice(name)[rows, columns]
 
     def check(self) -> None:
         """Raise CheckpointError unless the tensors are this model's, all of them, in its shapes and dtypes."""

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, rows
-from glm45_tune.conversion.tensors import split_row
+from glm45_tune.conversion.tensors import ALL, split_row
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 
@@ -164,12 +164,13 @@ class McoreDir(TorchDistFiles):
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[self._place[name][0].name(self.dialect)].properties.dtype
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows [first, last) of an HF tensor. Its whole row is read, and kept until another row is asked for."""
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        """Rows [first, last) and columns of an HF tensor. Its whole row is read, and kept until another row is asked for."""
         row, part, expert = self._place[name]
         if self._last_read[0] != (row.hybrid, expert):
             self._last_read = (row.hybrid, expert), split_row(row, self.read_row(row, expert))
-        return self._last_read[1][part][first:last]
+        tensor = self._last_read[1][part][first:last]
+        return tensor if columns == ALL else tensor[:, columns]
 
     def read_row(self, row: Row, expert: int | None = None) -> torch.Tensor:
         """A row's whole tensor, or one expert of it."""

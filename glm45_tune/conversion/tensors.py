@@ -8,6 +8,8 @@ import torch
 from glm45_tune.conversion.names import Row
 from glm45_tune.spec import ModelSpec
 
+ALL = slice(None)
+
 
 class HfReader(Protocol):
     """A model under its Hugging Face names, wherever it lies: an HF directory, a megatron one, one with an adapter merged."""
@@ -22,20 +24,22 @@ class HfReader(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows [first, last) of the tensor."""
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        """Rows [first, last) of the tensor, and of a matrix these columns."""
         ...
 
 
-def read_row(row: Row, source: HfReader, first: int = 0, last: int | None = None, expert: int | None = None):
-    """Rows [first, last) of the merged tensor (of one expert where the row stacks them), reading only what they need."""
+def read_row(
+    row: Row, source: HfReader, first: int = 0, last: int | None = None, expert: int | None = None, columns: slice = ALL
+) -> torch.Tensor:
+    """Rows [first, last) and `columns` of the merged tensor (of one expert where the row stacks them), reading nothing else."""
     names = row.hf_names(expert)
     last = sum(part.shape[0] for part in row.parts) if last is None else last
     found, start = [], 0
     for part, lo, hi in row.pieces:
         a, b = max(first - start, 0), min(last - start, hi - lo)
         if a < b:
-            found.append(source.read(names[part], lo + a, lo + b))
+            found.append(source.read(names[part], lo + a, lo + b, columns))
         start += hi - lo
     return found[0] if len(found) == 1 else torch.cat(found)
 

@@ -12,7 +12,7 @@ from glm45_tune.conversion.adapter import Merged, write_peft
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.outdir import check_free
 from glm45_tune.conversion.stream import open_model, to_hf
-from glm45_tune.conversion.tensors import HfReader
+from glm45_tune.conversion.tensors import ALL, HfReader
 from glm45_tune.errors import CheckpointError
 from glm45_tune.recipe import LoraConfig
 from glm45_tune.training.prepare import RUN_FILE, fingerprint
@@ -31,9 +31,9 @@ class Trained:
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
         source = self._checkpoint if name in self._trained else self.base
-        return source.read(name, first, last).to(self.dtype(name))
+        return source.read(name, first, last, columns).to(self.dtype(name))
 
 
 def export(

@@ -7,7 +7,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import Row, rows
-from glm45_tune.conversion.tensors import HfReader, read_row
+from glm45_tune.conversion.tensors import ALL, HfReader, read_row
 
 
 def sharded_tensors(model) -> list[ShardedTensor]:
@@ -36,5 +36,5 @@ def _read(source: HfReader, row: Row, offset: tuple[int, ...], shape: tuple[int,
 
 
 def _read_one(source: HfReader, row: Row, offset, shape, expert: int | None) -> torch.Tensor:
-    tensor = read_row(row, source, offset[0], offset[0] + shape[0], expert)
-    return tensor if tensor.dim() == 1 else tensor[:, offset[1] : offset[1] + shape[1]]
+    columns = slice(offset[1], offset[1] + shape[1]) if len(shape) == 2 else ALL
+    return read_row(row, source, offset[0], offset[0] + shape[0], expert, columns)

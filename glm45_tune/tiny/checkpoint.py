@@ -8,6 +8,7 @@ import torch
 from glm45_tune.conversion.hf_files import write_hf
 from glm45_tune.conversion.names import hf_shapes, mtp_copies
 from glm45_tune.conversion.outdir import whole
+from glm45_tune.conversion.tensors import ALL
 from glm45_tune.spec import ModelSpec
 from glm45_tune.tiny import tokenizer as tiny_tokenizer
 
@@ -75,7 +76,7 @@ class RandomModel:
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
         name = self._copies.get(name, name)
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._order[name])
         drawn = torch.randn(self._shapes[name], generator=generator)
@@ -89,7 +90,8 @@ class RandomModel:
             drawn = 0.5 * drawn
         else:
             drawn = drawn / self._shapes[name][-1] ** 0.5
-        return drawn.to(self.dtype(name))[first:last]
+        drawn = drawn.to(self.dtype(name))[first:last]
+        return drawn if columns == ALL else drawn[:, columns]
 
 
 def write(output: str | Path, like: str = "air", mtp: bool = True, seed: int = 0) -> None:

@@ -60,8 +60,8 @@ def test_verify_sees_one_flipped_bit(checkpoints, tmp_path, cli):
 def test_a_wrong_table_fails_verification(checkpoints, tmp_path, cli, monkeypatch):
     """The twin of the round trip: gate and up exchanged while writing must not pass."""
 
-    def exchanged(row: Row, source, first=0, last=None, expert=None):
-        tensor = read_row(row, source, first, last, expert)
+    def exchanged(row: Row, source, *where, **which):
+        tensor = read_row(row, source, *where, **which)
         return torch.cat(tensor.chunk(2)[::-1]) if "linear_fc1.weight" in row.hybrid else tensor
 
     monkeypatch.setattr(stream, "read_row", exchanged)
@@ -117,6 +117,10 @@ def test_slices_are_the_merged_tensors_slices(checkpoints):
         whole = read_row(row, source, expert=expert)
         for first, last in ((0, len(whole)), (1, len(whole)), (len(whole) // 3, 2 * len(whole) // 3 + 1)):
             assert torch.equal(read_row(row, source, first, last, expert), whole[first:last])
+        if whole.dim() == 2:
+            width = whole.shape[1]
+            columns = slice(width // 3, 2 * width // 3 + 1)
+            assert torch.equal(read_row(row, source, 1, len(whole), expert, columns), whole[1:, columns])
         for name, part in zip(row.hf_names(expert), split_row(row, whole)):
             assert torch.equal(part, source.read(name))
 
@@ -257,3 +261,42 @@ def test_the_same_seed_writes_the_same_checkpoint(checkpoints, tmp_path):
 
 def report_names(directory):
     return [name for name in HfDir(directory).names if name.endswith(("layernorm.weight", ".bias", "correction_bias"))]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 4, 1), (1, 1, 2), (2, 8, 4)])
+def test_a_rank_reads_only_what_it_holds(checkpoints, sizes, monkeypatch):
+    """Bytes asked of the files by load_weights on the first rank of a layout, against the bytes of its own parameters."""
+    from glm45_tune.mcore import load
+    from glm45_tune.mcore.load import load_weights
+
+    source, read = HfDir(checkpoints["air"]), []
+    shards = [_shard(row, *sizes) for row in rows(source.spec)]
+    monkeypatch.setattr(load, "sharded_tensors", lambda model: shards)
+    real = HfDir.read
+    monkeypatch.setattr(HfDir, "read", lambda self, *where: read.append(real(self, *where)) or read[-1])
+    load_weights(None, source)
+    held = sum(shard.data.nbytes for shard in shards)
+    assert sum(tensor.nbytes for tensor in read) == held
+
+
+class _Shard:
+    def __init__(self, key, offset, shape, dtype):
+        self.key, self.global_offset, self.local_shape = key, offset, shape
+        self.data = torch.empty(shape, dtype=dtype)
+
+
+def _shard(row, tensor, expert, expert_tensor):
+    """The last rank's part of a row under a cut of rows (fc1, qkv), columns (proj, fc2) and experts."""
+    shape, offset = list(row.shape), [0] * len(row.shape)
+    cuts = {}
+    if row.num_experts:
+        cuts[0] = expert
+        cuts[1 if "linear_fc1" in row.hybrid else 2] = expert_tensor if "linear_fc2" in row.hybrid else 1
+    elif row.hybrid.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        cuts[1] = tensor
+    elif row.hybrid.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+        cuts[0] = tensor
+    for dim, parts in cuts.items():
+        shape[dim] //= parts
+        offset[dim] = shape[dim] * (parts - 1)
+    return _Shard(row.hybrid, tuple(offset), tuple(shape), torch.float32 if row.is_fp32 else torch.bfloat16)
