@@ -269,13 +269,21 @@ def _size(directory: Path) -> str:
     return f"{size:.1f} TiB"
 
 
+def _ranks_run() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def main() -> None:
     """Entry point: user faults end in one sentence and their exit code, without a traceback."""
     try:
         app()
     except (UserError, VerificationError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             _say(f"error: {error}")
+        elif _ranks_run():  # before that all ranks found the same, and the first one says it
+            _say(f"error on rank {rank}: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted")

@@ -23,6 +23,8 @@ LINEARS = {
     "linear_fc2": ("down_proj",),
 }
 ALL_LINEAR = "all-linear"
+# what may stand in front of a name to narrow it
+FRONTS = ("self_attention", "self_attn", "mlp", "shared_experts", "experts", "mlp.shared_experts", "mlp.experts")
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -124,8 +126,11 @@ class LoraConfig(_Section):
         if not names:
             raise ValueError("is empty; leave `lora` out to train every weight")
         for name in names:
-            if name.rpartition(".")[2] not in allowed:
+            front, _, last = name.rpartition(".")
+            if last not in allowed:
                 raise ValueError(f"{name!r} is no linear of the model; allowed: {', '.join(allowed)}")
+            if front and (front not in FRONTS or last == ALL_LINEAR):
+                raise ValueError(f"{name!r}: in front of {last} nothing or one of {', '.join(FRONTS)} is allowed")
         return value
 
 
@@ -280,7 +285,11 @@ def _override(document: dict, text: str) -> None:
 
 
 def _explain(fault: dict) -> str:
-    location = [part for part in fault["loc"] if not str(part).startswith(("list[", "str", "function", "SourceConfig"))]
+    location = [
+        part
+        for part in fault["loc"]
+        if part not in ("str", "SourceConfig") and not str(part).startswith(("list[", "function-"))
+    ]
     where = ".".join(map(str, location))
     if fault["type"] == "extra_forbidden":
         allowed = _keys_at(tuple(part for part in location[:-1] if isinstance(part, str)))

@@ -13,24 +13,34 @@ from glm45_tune.errors import UserError
 MARKER = "glm45_tune.json"
 
 
-def check_free(output: Path) -> None:
-    """Raise UserError when `output` exists and is not ours to replace: empty, or written by us, is."""
+def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
+    """Raise UserError unless `output` may be written: not there, empty, or of the same kind and written by us.
+
+    inputs: what the result is made from; it is never replaced by the result.
+    """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: exists and is a file. Choose another output directory.")
-    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if output.resolve() in {Path(path).resolve() for path in inputs}:
+        raise UserError(f"{output}: is what the result is made from. Choose another output directory.")
+    if not (output / MARKER).is_file():
         raise UserError(
             f"{output}: exists, is not empty and holds no {MARKER}, so it is not ours to replace. Choose another."
         )
+    found = json.loads((output / MARKER).read_text(encoding="utf-8")).get("kind")
+    if found != kind:
+        raise UserError(f"{output}: holds a {found!r}, which a {kind!r} does not replace. Choose another output directory.")
 
 
 @contextlib.contextmanager
-def whole(output: str | Path, kind: str, **facts: object) -> Iterator[Path]:
+def whole(output: str | Path, kind: str, *inputs: str | Path, **facts: object) -> Iterator[Path]:
     """Yield a directory to fill; on success it becomes `output`, with a marker that holds `kind`, versions and `facts`.
 
     On failure nothing appears under `output` and what stood there stays.
     """
     output = Path(output)
-    check_free(output)
+    check_free(output, kind, *inputs)
     staging = output.with_name(output.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -31,6 +31,10 @@ def open_model(path: str | Path) -> HfDir | McoreDir:
     return HfDir(path)  # says what is missing
 
 
+def has_mtp(source: HfReader) -> bool:
+    return any(name.startswith(f"model.layers.{source.spec.num_layers}.") for name in source.names)
+
+
 def total_bytes(source: HfReader) -> int:
     return sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.names)
 
@@ -45,7 +49,7 @@ def to_mcore(
     """
     if isinstance(source, HfDir):
         source.check()
-    with whole(output, "mcore", source=str(source.path), dialect=dialect) as staging:
+    with whole(output, "mcore", source.path, source=str(source.path), dialect=dialect) as staging:
         _check_copies(source)
         write_model(staging, _chunks(source, dialect, tick), _extra_states(source, dialect), legacy_common=dialect == "gpt")
         copy_side_files(source.path, staging)
@@ -70,6 +74,11 @@ def convert(
     if adapter is not None:
         inside_run = Path(adapter) / "adapter"
         source = Merged(source, inside_run if inside_run.is_dir() else adapter)
+    if source.spec.mtp_num_layers and not has_mtp(source):
+        raise CheckpointError(
+            f"{source.path}: config.json promises an MTP layer that is not here (a run that left it out of training?). "
+            "`glm45-tune export RUN` takes it from the run's base model."
+        )
     if to == "mcore":
         to_mcore(source, output, dialect, verify, tick)
     else:
@@ -123,7 +132,7 @@ def to_hf(
 
     Raises VerificationError when what was written differs from the source.
     """
-    with whole(output, kind, source=str(source.path), **facts) as staging:
+    with whole(output, kind, source.path, source=str(source.path), **facts) as staging:
         write_hf(staging, source, source.names, MAX_SHARD_BYTES, tick)
         copy_side_files(source.path, staging)
         if verify:

@@ -44,7 +44,7 @@ def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
 def _pieces(tokens: Tokens, limit: int) -> list[Tokens]:
     """Turns gathered while they fit; a turn that does not fit by itself is cut."""
     room, pieces = limit - tokens.head, []
-    edges = [*tokens.turns, len(tokens.ids)]
+    edges = sorted({tokens.head, *tokens.turns, len(tokens.ids)})
     first = tokens.head
     for start, end in zip(edges, edges[1:]):
         if end - first <= room:

@@ -143,14 +143,17 @@ def _json(file) -> Iterator:
 def _csv(file) -> Iterator:
     reader = csv.DictReader(file)
     for row in reader:
-        yield reader.line_num, _without_empty_cells(row)
+        if None in row:
+            yield reader.line_num, DataError("has more cells than the header: quote a cell that holds a comma")
+        else:
+            yield reader.line_num, _without_empty_cells(row)
 
 
 def _without_empty_cells(row: dict) -> dict:
     """An empty cell is an absent field; a cell that holds a JSON list or object is one."""
     found = {}
     for key, value in row.items():
-        if key is None or value in (None, ""):
+        if value in (None, ""):
             continue
         if value[0] in "[{":
             try:
@@ -297,6 +300,9 @@ class Chain(Sequence):
     def weights(self) -> np.ndarray:
         return np.concatenate([part.weights() for part in self._parts])
 
+    def origins(self) -> list[tuple[str, int]]:
+        return [origin for part in self._parts for origin in part.origins()]
+
 
 class Chosen(Sequence):
     """Some of StoredSamples, in a given order."""
@@ -318,6 +324,10 @@ class Chosen(Sequence):
     def weights(self) -> np.ndarray:
         return self._whole.weights()[self._order]
 
+    def origins(self) -> list[tuple[str, int]]:
+        origins = self._whole.origins()
+        return [origins[index] for index in self._order]
+
 
 def _weighted(count: int, weight: float, seed: int) -> list[int]:
     """Every sample as often as the whole part of `weight` says, and a share of them, drawn by the seed, once more."""
@@ -336,11 +346,14 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0) -> tuple[Corpus, Co
         return train, held
     held = Corpus()
     if options.eval_ratio:
-        count = max(1, round(len(train.samples) * options.eval_ratio))
-        if count >= len(train.samples):
-            raise DataError(f"data.eval_ratio {options.eval_ratio} of {len(train.samples)} samples leaves none to train on.")
-        chosen = set(random.Random(seed).sample(range(len(train.samples)), count))
+        # whole rows are held out: all samples of a row, and its repetitions, are on one side
+        origins = train.samples.origins()
+        rows = list(dict.fromkeys(origins))
+        count = max(1, round(len(rows) * options.eval_ratio))
+        if count >= len(rows):
+            raise DataError(f"data.eval_ratio {options.eval_ratio} of {len(rows)} rows leaves none to train on.")
+        chosen = set(random.Random(seed).sample(rows, count))
         everything = train.samples
-        held.samples = Chosen(everything, sorted(chosen))
-        train.samples = Chosen(everything, [index for index in range(len(everything)) if index not in chosen])
+        held.samples = Chosen(everything, [index for index, row in enumerate(origins) if row in chosen])
+        train.samples = Chosen(everything, [index for index, row in enumerate(origins) if row not in chosen])
     return train, held

@@ -69,10 +69,14 @@ class StoredSamples(Sequence):
         """Sum of the loss mask of every sample, float64."""
         return self._columns[4].to_numpy()
 
+    def origins(self) -> list[tuple[str, int]]:
+        """(source, line) of every sample."""
+        return list(zip(self._columns[2].to_pylist(), self._columns[3].to_pylist()))
+
 
 def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
     """Changes with the bytes of the files, the tokenizer, its template, and every option that shapes a sample."""
-    digest = hashlib.sha256(f"3 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
+    digest = hashlib.sha256(f"4 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
     digest.update(tokenizer.chat_template.encode() + tokenizer.backend_tokenizer.to_str().encode())
     for file in files:
         digest.update(f"{file}\0".encode())

@@ -10,6 +10,7 @@ import torch
 
 from glm45_tune.conversion.adapter import Merged, write_peft
 from glm45_tune.conversion.mcore_files import McoreDir
+from glm45_tune.conversion.names import mtp_copies
 from glm45_tune.conversion.outdir import check_free
 from glm45_tune.conversion.stream import open_model, to_hf
 from glm45_tune.conversion.tensors import ALL, HfReader
@@ -24,6 +25,7 @@ class Trained:
     def __init__(self, base: HfReader, checkpoint: McoreDir):
         self.base, self.spec, self.path, self.names = base, base.spec, base.path, base.names
         self._checkpoint, self._trained = checkpoint, set(checkpoint.names)
+        self._copies = mtp_copies(base.spec)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.shape(name)
@@ -32,6 +34,7 @@ class Trained:
         return self.base.dtype(name)
 
     def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        name = self._copies.get(name, name)  # what MTP repeats is repeated as it was trained
         source = self._checkpoint if name in self._trained else self.base
         return source.read(name, first, last, columns).to(self.dtype(name))
 
@@ -50,7 +53,7 @@ def export(
     """
     run, output = Path(run), Path(output)
     facts = _facts(run)
-    check_free(output)
+    check_free(output, "adapter" if adapter_only else "export", run, facts["model"])
     checkpoint = _checkpoint(run, step)
     base = open_model(facts["model"])
     if fingerprint(base) != facts["fingerprint"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm45_tune.conversion.hf_files import HfDir
-from glm45_tune.conversion.stream import open_model
+from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import load_tokenizer
 from glm45_tune.data.packing import BatchPlan, pack
@@ -58,7 +58,7 @@ def prepare(recipe: Recipe) -> Job:
     if isinstance(source, HfDir):
         source.check()
     layout.check(source.spec)
-    if recipe.model.mtp_loss_scaling_factor and not source.spec.mtp_num_layers:
+    if recipe.model.mtp_loss_scaling_factor and not has_mtp(source):
         raise RecipeError(
             f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
         )
@@ -117,11 +117,19 @@ def check_run_directory(recipe: Recipe, source: HfReader) -> None:
             f"{run}: is a run of another model ({facts['model']}); {recipe.model.path} cannot resume it. "
             "Choose another output_dir."
         )
-    wanted = recipe.lora.model_dump() if recipe.lora else None
-    if facts["lora"] != wanted:
-        raise UserError(
-            f"{run}: was trained with lora {facts['lora']}; the recipe now says {wanted}. Choose another output_dir."
-        )
+    for name, wanted in _shape_of_training(recipe).items():
+        if facts[name] != wanted:
+            raise UserError(
+                f"{run}: was trained with {name} {facts[name]}; the recipe now says {wanted}. Choose another output_dir."
+            )
+
+
+def _shape_of_training(recipe: Recipe) -> dict:
+    """What decides which weights a checkpoint holds: a run cannot change it in the middle."""
+    return {
+        "lora": recipe.lora.model_dump() if recipe.lora else None,
+        "mtp": recipe.model.mtp_loss_scaling_factor > 0,
+    }
 
 
 def open_run_directory(job: Job) -> None:
@@ -132,7 +140,7 @@ def open_run_directory(job: Job) -> None:
         "kind": "run",
         "model": str(Path(recipe.model.path).resolve()),
         "fingerprint": fingerprint(job.source),
-        "lora": recipe.lora.model_dump() if recipe.lora else None,
+        **_shape_of_training(recipe),
     }
     (job.run / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (job.run / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

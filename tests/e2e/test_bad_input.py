@@ -101,6 +101,32 @@ def test_another_model_or_another_lora_cannot_resume(train, checkpoints):
     assert code == 2 and "was trained with lora None" in err
 
 
+def test_nothing_replaces_a_run_or_its_base(train, cli, tmp_path, checkpoints):
+    assert train()[0] == 0
+    run = tmp_path / "run"
+    for command in (
+        ["export", run, "--output", run],
+        ["export", run, "--output", checkpoints["air"]],
+        ["convert", "--to-hf", "--model", checkpoints["air"], "--output", run],
+        ["tiny", run],
+    ):
+        code, _, err = cli(*command)
+        assert code == 2 and "Choose another output directory" in err
+    assert list(run.glob("checkpoints/*/complete.json"))
+
+
+def test_a_full_run_without_mtp_exports_a_whole_model(train, cli, tmp_path, checkpoints):
+    """The MTP layer stays the base's, the copies of embedding and head in it are those that were trained."""
+    assert train()[0] == 0
+    run = tmp_path / "run"
+    code, _, err = cli("convert", "--to-mcore", "--model", next(run.glob("checkpoints/*")), "--output", tmp_path / "m")
+    assert code == 2 and "export" in err
+    assert cli("export", run, "--output", tmp_path / "out")[0] == 0
+    assert cli("convert", "--to-mcore", "--model", tmp_path / "out", "--output", tmp_path / "m")[0] == 0
+    code, err = train(_set(model={"path": str(checkpoints["air"]), "mtp_loss_scaling_factor": 0.1}))
+    assert code == 2 and "was trained with mtp False" in err
+
+
 def test_export_of_nothing(cli, tmp_path, checkpoints):
     code, _, err = cli("export", tmp_path, "--output", tmp_path / "out")
     assert code == 2 and "not a run of ours" in err

@@ -27,7 +27,7 @@ TARGETS = {
     "gate-and-up-apart": ["gate_proj", "up_proj"],
     "up-alone": ["up_proj", "k_proj"],
     "experts-down": ["mlp.experts.linear_fc2"],
-    "one-layer": ["layers.2.self_attention.linear_qkv"],
+    "shared-alone": ["shared_experts.linear_fc1"],
 }
 
 

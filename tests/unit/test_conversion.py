@@ -232,7 +232,10 @@ def test_a_directory_that_is_not_ours_is_kept(checkpoints, tmp_path, cli):
     code, _, err = cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", tmp_path / "out")
     assert code == 2 and "not ours" in err and (tmp_path / "out" / "thesis.txt").read_text() == "precious"
     convert(checkpoints["air"], tmp_path / "ours", "mcore")
-    convert(checkpoints["air-other"], tmp_path / "ours", "mcore")  # our own is replaced
+    convert(checkpoints["air-other"], tmp_path / "ours", "mcore")  # our own of the same kind is replaced
+    for output in (tmp_path / "ours", checkpoints["air"]):  # another kind, and the source itself, are not
+        code, _, err = cli("convert", "--to-hf", "--model", tmp_path / "ours", "--output", output)
+        assert code == 2 and "Choose another output directory" in err
     assert not compare(HfDir(checkpoints["air-other"]), McoreDir(tmp_path / "ours")).differences
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from glm45_tune.data.chat import ChatRenderer, load_tokenizer
 from glm45_tune.data.formats import FORMATS, canonical
 from glm45_tune.data.length import Tokens, fit
-from glm45_tune.data.sources import load, read_source
+from glm45_tune.data.sources import load, load_data, read_source
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig
 
@@ -353,3 +353,24 @@ def test_a_hub_dataset_is_read_by_the_real_client(renderer, tmp_path, monkeypatc
 def test_half_a_surrogate_pair_is_a_bad_row(renderer):
     with pytest.raises(DataError, match="x:1: .*surrogate"):
         renderer().render({"text": "a\ud800"}, "x", 1)
+
+
+def test_a_csv_row_with_a_loose_comma_is_bad(renderer, tmp_path):
+    (tmp_path / "x.csv").write_text("instruction,output\nGreet,Hello, world\nGreet,Hello\n")
+    corpus = load(str(tmp_path / "x.csv"), renderer())
+    assert len(corpus.samples) == 1 and corpus.faults[0].line == 2 and "quote a cell" in corpus.faults[0].message
+
+
+def test_what_comes_before_the_first_user_turn_is_split_too(renderer):
+    messages = [{**A, "content": "x" * 100}, Q, A]
+    samples = renderer(overlong="split", seq_length=60).render({"messages": messages}, "x", 1).samples
+    assert len(samples) > 1 and max(len(sample.input_ids) for sample in samples) <= 60
+
+
+def test_rows_are_held_out_whole_with_their_repetitions(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": [Q, A, Q, A]}) + "\n" for _ in range(20)))
+    source = {"path": str(tmp_path / "x.jsonl"), "weight": 2.0}
+    options = DataConfig(train=[source], eval_ratio=0.2, turns="expand")
+    train, held = load_data(options, tokenizer, seed=1)
+    lines = [{sample.line for sample in corpus.samples} for corpus in (train, held)]
+    assert len(lines[1]) == 4 and not lines[0] & lines[1] and len(train.samples) + len(held.samples) == 80
