@@ -24,7 +24,7 @@ class DataError(UserError):
 
     def __init__(self, message: str, field: str | None = None):
         super().__init__(f"{field} {message}" if field else message)
-        self.field, self.fault = field, message
+        self.field = field
 
 
 class LayoutError(UserError):

@@ -94,10 +94,6 @@ class TorchDistFiles:
             raise CheckpointError(f"{self.path}: {filled} of the {result.numel()} values asked of {key} are stored.")
         return result
 
-    def read_object(self, key: str) -> object:
-        """An object of plain values, stored by `write_torch_dist` under `key`."""
-        return self._read(MetadataIndex(key))[0]
-
     def _read(self, index: MetadataIndex):
         info = self._storage[index]
         with open(self.path / info.relative_path, "rb") as file:

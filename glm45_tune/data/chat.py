@@ -93,7 +93,7 @@ class ChatRenderer:
             samples, counts = self._fitted(found)
         except DataError as error:
             located = DataError(f"{source}:{line}: {error}")
-            located.field, located.fault = error.field, error.fault
+            located.field = error.field
             raise located from None
         return Rendering([Sample(tokens.ids, tokens.mask, source, line) for tokens in samples], counts)
 

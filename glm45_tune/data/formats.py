@@ -21,7 +21,6 @@ FORMATS = {
     "query": "query",
     "text": "text",
 }
-ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {
     "human": "user",
     "gpt": "assistant",

@@ -82,7 +82,7 @@ def test_bad_rows_are_named_before_ranks_start(train, tmp_path):
     good = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     path.write_text(json.dumps(good) + "\n{oops\n" + json.dumps({"messages": [{"role": "bot", "content": ""}]}) + "\n")
     code, err = train(_set(data={"train": str(path)}, parallel={"world_size": 2}))
-    assert code == 2 and f'{path}:3: messages[0].role is "bot"' in err or f"{path}:2: not JSON" in err
+    assert code == 2 and f'{path}:3: messages[0].role is "bot"' in err and f"{path}:2: not JSON" in err
     assert "rank" not in err.replace("ranks", "")
 
 

@@ -161,11 +161,6 @@ def test_a_file_that_cannot_be_read_is_named(renderer, tmp_path, name, content, 
     assert words in str(fault.value) and name in str(fault.value)
 
 
-def weights(renderer, messages, **options) -> list[list[float]]:
-    rendering = renderer(**options).render({"messages": messages}, "x", 1)
-    return [sorted(set(sample.loss_mask.tolist())) for sample in rendering.samples]
-
-
 def test_loss_and_loss_scale_are_honoured_with_their_end_token(renderer, tokenizer):
     messages = [Q, {**A, "loss": False}, Q, {**A, "loss_scale": 0.25}, Q, {**A, "loss": True, "loss_scale": 2}]
     (sample,) = renderer().render({"messages": messages}, "x", 1).samples
