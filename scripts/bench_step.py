@@ -1,179 +1,162 @@
-"""Milliseconds of one GLM-4.5-Air MoE layer, forward + backward under LoRA, ours and transformers + PEFT in turns. One GPU:
+"""Milliseconds of one GLM-4.5-Air MoE layer, forward + backward, ours and its peers in turns on one GPU:
 
-    python scripts/bench_step.py [--tokens 8192] [--no-peer]
+    python scripts/bench_step.py [--tokens 8192] [--peers transformers,te] [--profile] [--full]
 
-Both are built at Air's width with random bf16 weights, at two depths; a layer is the difference of the two, so that embedding,
-head and launch overheads fall out. LoRA r 32 on attention, a row of `tokens`: one document, or many of log-normal lengths.
+All are built at Air's width with random bf16 weights at two depths, and run one after the other in every round; a layer is
+the difference of the two depths' medians over the layers between them, so that embedding, head and launch overheads fall out.
+LoRA r 32 on attention unless said otherwise. Rows: one document of `tokens`, and documents of log-normal lengths.
 """
 
 import argparse
-import dataclasses
+import collections
+import gc
 import statistics
 
 import numpy as np
 import torch
 
+from bench_models import AIR, Megatron, Ours, Transformers
 from glm45_tune.layout import Layout
-from glm45_tune.mcore import lora, runtime
-from glm45_tune.mcore.model import GLM45Model, ModelOptions
-from glm45_tune.recipe import LoraConfig
-from glm45_tune.spec import ModelSpec
+from glm45_tune.mcore import runtime
 
-SHALLOW, DEEP, REPEATS = 2, 5, 7
-AIR = ModelSpec(
-    num_layers=DEEP,
-    num_dense_layers=1,
-    hidden_size=4096,
-    ffn_hidden_size=10944,
-    moe_ffn_hidden_size=1408,
-    num_attention_heads=96,
-    num_query_groups=8,
-    kv_channels=128,
-    num_moe_experts=128,
-    moe_router_topk=8,
-    num_shared_experts=1,
-    moe_router_topk_scaling_factor=1.0,
-    moe_router_num_groups=1,
-    moe_router_group_topk=1,
-    qk_layernorm=False,
-    add_qkv_bias=True,
-    vocab_size=151552,
-    rotary_percent=0.5,
-    rotary_base=1e6,
-    layernorm_epsilon=1e-5,
-    mtp_num_layers=0,
-    eos_token_ids=(151329,),
-)
+SHALLOW, DEEP, ROUNDS = 2, 5, 7
+ATTENTION = ("linear_qkv", "linear_proj")
 
 
 def documents(tokens: int, packed: bool) -> list[int]:
     """Edges of the documents of a row."""
     if not packed:
         return [0, tokens]
-    lengths = np.random.default_rng(0).lognormal(6.0, 0.6, 200).astype(int)
+    lengths = np.random.default_rng(0).lognormal(6.0, 0.6, tokens).astype(int) + 1
     ends = np.cumsum(lengths)
     return [0, *ends[ends < tokens].tolist(), tokens]
 
 
-def ours(depth: int, recompute: str | None):
-    """A function of (tokens, bounds) that runs forward and backward."""
-    spec = dataclasses.replace(AIR, num_layers=depth)
-    options = ModelOptions(
-        torch.bfloat16,
-        recompute_granularity=recompute,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
-    )
-    model = GLM45Model(spec, Layout(), options)
-    lora.attach(model, LoraConfig(r=32, lora_alpha=64), seed=1)
-    _randomise(model)
-    model.train()
+class Timed:
+    """One thing to time: a model, how it is to run, and a row."""
 
-    def step(tokens, bounds):
-        lengths = np.diff(bounds)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
-        model(tokens, positions, bounds, tokens[None].roll(-1, 1)).mean().backward()
-        model.zero_grad(set_to_none=True)
+    def __init__(self, name: str, prepare, row):
+        self.name, self.prepare, self.row = name, prepare, row
+        self.milliseconds: dict[int, list[float]] = collections.defaultdict(list)
+        self.gib: dict[int, float] = {}
+        self.loss = float("nan")
 
-    return step
-
-
-def peer(depth: int, recompute: str | None):
-    """transformers + PEFT at its best on one document: grouped_mm experts, SDPA."""
-    import peft
-    import transformers
-
-    config = transformers.Glm4MoeConfig(
-        num_hidden_layers=depth,
-        first_k_dense_replace=1,
-        hidden_size=AIR.hidden_size,
-        intermediate_size=AIR.ffn_hidden_size,
-        moe_intermediate_size=AIR.moe_ffn_hidden_size,
-        num_attention_heads=AIR.num_attention_heads,
-        num_key_value_heads=AIR.num_query_groups,
-        head_dim=AIR.kv_channels,
-        n_routed_experts=AIR.num_moe_experts,
-        num_experts_per_tok=AIR.moe_router_topk,
-        attention_bias=True,
-        vocab_size=AIR.vocab_size,
-    )
-    config._experts_implementation = "grouped_mm"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = transformers.Glm4MoeForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    )
-    _randomise(model)
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    model.train()
-
-    def step(tokens, bounds):
-        model(tokens[None], labels=tokens[None]).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-@torch.no_grad()
-def _randomise(model) -> None:
-    """Trained-like scales: zeros and ones would hide work."""
-    for name, tensor in model.named_parameters():
-        tensor.normal_(1.0 if "norm" in name else 0.0, 0.02)
-
-
-def milliseconds(step, tokens, bounds) -> float:
-    """Median over repeats, by CUDA events, warmed up."""
-    times = []
-    for _ in range(REPEATS + 2):
+    def run(self, depth: int, models, keep: bool) -> None:
+        """Twice where the way of running has just changed: the first is not kept."""
+        step = self.prepare(models[depth])
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        step(tokens, bounds)
+        loss, kept = step(*self.row)
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:])
+        self.loss = loss
+        if keep:
+            self.milliseconds[depth].append(start.elapsed_time(end))
+            self.gib[depth] = (kept - held) / 2**30
+
+    def a_layer(self) -> tuple[float, float]:
+        """(milliseconds, GiB of activations kept) of one layer."""
+        layers = DEEP - SHALLOW
+        times = {depth: statistics.median(values) for depth, values in self.milliseconds.items()}
+        return (times[DEEP] - times[SHALLOW]) / layers, (self.gib[DEEP] - self.gib[SHALLOW]) / layers
 
 
-def measure(build, recompute, rows) -> dict[str, tuple[float, float]]:
-    """Row name → (milliseconds a MoE layer, GiB of activations a layer)."""
-    found: dict[str, list] = {name: [] for name in rows}
-    for depth in (SHALLOW, DEEP):
-        step = build(depth, recompute)
-        for name, (tokens, bounds) in rows.items():
-            step(tokens, bounds)
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            found[name].append((milliseconds(step, tokens, bounds), (torch.cuda.max_memory_allocated() - held) / 2**30))
-        del step
-        torch.cuda.empty_cache()
-    layers = DEEP - SHALLOW
-    return {name: tuple((deep - shallow) / layers for shallow, deep in zip(*both)) for name, both in found.items()}
+def measure(build: dict, cases: list[Timed]) -> None:
+    """build: name → model class; each case's prepare takes what `build` made at a depth."""
+    models = {depth: {name: make(depth) for name, make in build.items()} for depth in (SHALLOW, DEEP)}
+    for round_ in range(ROUNDS + 2):
+        for case in cases:
+            for depth in (SHALLOW, DEEP):
+                case.run(depth, models, keep=round_ >= 2)
+    del models
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def teraflop(tokens: int, bounds: list[int], factor: int) -> float:
+    """Of a MoE layer: factor · active parameters · tokens, and causal attention (forward 1, backward 2.5 times its two products).
+
+    factor 4 = forward and input gradient, as LoRA costs; 6 = with weight gradients; never 6 for LoRA.
+    """
+    head = AIR.num_attention_heads * AIR.kv_channels
+    attention = AIR.hidden_size * (2 * head + 2 * AIR.num_query_groups * AIR.kv_channels)
+    experts = 3 * AIR.hidden_size * AIR.moe_ffn_hidden_size * (AIR.moe_router_topk + AIR.num_shared_experts)
+    pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
+    return (factor * (attention + experts) * tokens + 3.5 * 4 * pairs * head) / 1e12
+
+
+def report(cases: list[Timed], tokens: int, factor: int = 4) -> None:
+    for case in cases:
+        ms, gib = case.a_layer()
+        work = teraflop(tokens, case.row[1], factor)
+        print(
+            f"| {case.name} | {ms:.2f} ms a layer | {tokens / ms * 1e3:,.0f} tokens/s a layer | {work / ms * 1e3:.0f} TFLOP/s | "
+            f"{work / ms * 1e3 / 989:.0%} of 989 | {gib:.2f} GiB kept | loss {case.loss:.4f} |",
+            flush=True,
+        )
+
+
+def profile(model, row, layers: int) -> None:
+    """GPU milliseconds of a layer by kernel: those of the deep model alone, over its MoE layers (the dense one counts too)."""
+    step = model.prepare(ATTENTION)
+    step(*row)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step(*row)
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    for event in events[:45]:
+        print(f"  {event.self_device_time_total / 1e3 / layers:7.3f} ms a layer, {event.count:4d} calls: {event.key[:110]}")
+    print(f"  {sum(e.self_device_time_total for e in events) / 1e3 / layers:7.3f} ms in all", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peers", default="transformers", help="transformers, te, both with a comma, or none")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--full", action="store_true", help="full SFT instead of LoRA")
     arguments = parser.parse_args()
     runtime.start(Layout())
-    print(torch.cuda.get_device_name(), torch.__version__, f"{arguments.tokens} tokens, LoRA r 32 on attention, bf16")
+    print(torch.cuda.get_device_name(), torch.__version__, f"{arguments.tokens} tokens, bf16", flush=True)
     tokens = torch.randint(0, AIR.vocab_size, (arguments.tokens,), device="cuda")
-    one, many = documents(arguments.tokens, False), documents(arguments.tokens, True)
-    rows = {"one document": (tokens, one), f"{len(many) - 1} documents": (tokens, many)}
-    for recompute in (None, "full"):
-        for name, (ms, gib) in measure(ours, recompute, rows).items():
-            print(f"ours, recompute {recompute}, {name}: {ms:.1f} ms a layer, {gib:.2f} GiB kept", flush=True)
-        if not arguments.no_peer:
-            alone = {"one document": rows["one document"]}
-            for name, (ms, gib) in measure(peer, recompute, alone).items():
-                print(
-                    f"transformers + PEFT, recompute {recompute}, {name}: {ms:.1f} ms a layer, {gib:.2f} GiB kept",
-                    flush=True,
-                )
+    rows = {"one document": documents(arguments.tokens, False), "packed": documents(arguments.tokens, True)}
+    print(f"packed: {len(rows['packed']) - 1} documents, the longest {max(np.diff(rows['packed']))}")
+    rows = {name: (tokens, bounds) for name, bounds in rows.items()}
+    peers = arguments.peers.split(",")
+    if arguments.full:
+        build = {"ours": lambda depth: Ours(depth, lora=False)}
+        if "te" in peers:
+            build["te"] = lambda depth: Megatron(depth, lora=False)
+        for name in build:  # one at a time: weights and gradients of two do not fit
+            cases = [Timed(f"{name}, full SFT, {row}", lambda m, n=name: m[n].prepare(()), rows[row]) for row in rows]
+            measure({name: build[name]}, cases)
+            report(cases, arguments.tokens, factor=6)
+        return
+    if arguments.profile:
+        model = Ours(DEEP)
+        for name, row in rows.items():
+            print(f"profile, {name}")
+            profile(model, row, DEEP)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    build, cases = {"ours": Ours}, []
+    for name, row in rows.items():
+        cases.append(Timed(f"ours, {name}", lambda m: m["ours"].prepare(ATTENTION), row))
+        cases.append(Timed(f"ours, all-linear, {name}", lambda m: m["ours"].prepare(None), row))
+        if "transformers" in peers:
+            build["transformers"] = Transformers
+            how = "sdpa" if name == "one document" else "flex_attention"
+            for recompute in (True, False):
+                title = f"transformers + PEFT, {how}, {'recompute' if recompute else 'no recompute'}, {name}"
+                cases.append(Timed(title, lambda m, h=how, r=recompute: m["transformers"].prepare(h, r), row))
+        if "te" in peers:
+            build["te"] = Megatron
+            cases.append(Timed(f"megatron-core + TE, full recompute, {name}", lambda m: m["te"].prepare(()), row))
+    measure(build, cases)
+    report(cases, arguments.tokens)
 
 
 if __name__ == "__main__":

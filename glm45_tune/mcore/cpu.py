@@ -38,12 +38,6 @@ class _Now:
         return True
 
 
-class _Splits(list):
-    """A list that also answers numpy's tolist()."""
-
-    tolist = list.copy
-
-
 class _CudaMeansCpu(TorchFunctionMode):
     """Turns device="cuda" into "cpu" in every torch call."""
 
@@ -94,7 +88,6 @@ def enter() -> None:
     assert not torch.cuda.is_available(), "CPU mode is for machines without a GPU"
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import token_dispatcher
 
     assert torch.cuda.Stream is not _Now, "CPU mode was entered already"
     # megatron allocates buffers and scalars with device="cuda" or device=current_device()
@@ -105,17 +98,13 @@ def enter() -> None:
     # megatron compiles small functions, which costs 20 s of C++ compilation on a CPU and computes the same
     torch._dynamo.config.disable = True
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    # the dispatcher copies counts on a side stream; recompute and p2p wait for the device
+    # recompute and p2p wait for the device
     torch.cuda.Stream = torch.cuda.Event = _Now
     torch.cuda.current_stream = torch.cuda.stream = torch.cuda.synchronize = _Now
     # the tensor-parallel RNG tracker swaps the device generator: here the CPU generator is the device's
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # gloo's all-to-all takes split sizes as lists, where NCCL's takes the numpy arrays megatron makes of GPU tensors
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        _Splits(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
-    )
     # expert tensor ranks exchange parts of different lengths; gloo's own collectives want equal ones
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)

@@ -6,22 +6,16 @@ pair for each HF projection named (`q_proj`, `up_proj`), PEFT's way. Routed expe
 
 import math
 import zlib
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from glm45_tune.mcore.layers.experts import GroupedLinear, grouped_linear, mark_expert_parameter, sharded_experts
+from glm45_tune.mcore.layers.experts import GroupedLinear, mark_expert_parameter, sharded_experts
 from glm45_tune.mcore.layers.linear import ColumnLinear
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.recipe import LINEARS, LoraConfig
@@ -30,7 +24,7 @@ from glm45_tune.recipe import LINEARS, LoraConfig
 class Pair(torch.nn.Module):
     """One low-rank pair: lora_A [r, in], lora_B [out, r], or [E, r, in] and [E, out, r] for experts; sizes are this rank's.
 
-    `rows` says where the product goes in the linear's output: None for all of it, else (groups, rows of a group, first,
+    `rows` says where lora_B's rows lie in the linear's output: None for all of it, else (groups, rows of a group, first,
     last): the output dim seen as [groups, rows of a group], the pair's part being [:, first:last].
     """
 
@@ -43,12 +37,12 @@ class Pair(torch.nn.Module):
         self.lora_A = torch.nn.Parameter(torch.empty(*stack, r, input_size, **new))
         self.lora_B = torch.nn.Parameter(torch.zeros(*stack, output_size, r, **new))
 
-    def widen(self, delta: torch.Tensor) -> torch.Tensor:
-        """Put the pair's product [..., its rows] at its rows of the linear's output [..., all rows], zeros elsewhere."""
+    def whole_B(self) -> torch.Tensor:
+        """lora_B for the linear's whole output, [..., out, r]: zeros outside the pair's rows."""
         if self.rows is None:
-            return delta
+            return self.lora_B
         groups, size, first, last = self.rows
-        return F.pad(delta.unflatten(-1, (groups, last - first)), (first, size - last)).flatten(-2)
+        return F.pad(self.lora_B.unflatten(-2, (groups, last - first)), (0, 0, first, size - last)).flatten(-3, -2)
 
 
 class _Adapter(torch.nn.Module):
@@ -62,15 +56,12 @@ class _Adapter(torch.nn.Module):
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
 
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.dropout and self.training):
-            return x
-        with get_cuda_rng_tracker().fork():  # tensor ranks hold different parts of x and drop them independently
-            return F.dropout(x, self.dropout)
-
-    def sum_of_pairs(self, x: torch.Tensor, delta_of: Callable[[Pair, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        x = self._drop(x)
-        return sum(pair.widen(delta_of(pair, x) * self.scaling) for pair in self.pairs.values())
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All pairs as one: lora_A [..., Σ r, in], lora_B [..., out, Σ r]."""
+        pairs = list(self.pairs.values())
+        if len(pairs) == 1:
+            return pairs[0].lora_A, pairs[0].whole_B()
+        return torch.cat([pair.lora_A for pair in pairs], dim=-2), torch.cat([pair.whole_B() for pair in pairs], dim=-1)
 
 
 class LinearAdapter(_Adapter):
@@ -79,22 +70,13 @@ class LinearAdapter(_Adapter):
     def __init__(self, linear, config, pairs, halves):
         super().__init__(linear, config, pairs, halves)
         self.is_column = isinstance(linear, ColumnLinear)
-        self.sequence_parallel = linear.config.sequence_parallel
         self.tp_group = linear.tp_group
         for pair in self.pairs.values():
             cut, whole = (pair.lora_B, pair.lora_A) if self.is_column else (pair.lora_A, pair.lora_B)
             set_tensor_model_parallel_attributes(cut, True, 0 if self.is_column else 1, 1)
-            whole.sequence_parallel = self.sequence_parallel  # each tensor rank saw its own tokens: sum the gradients
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.sum_of_pairs(x, self._delta)
-
-    def _delta(self, pair: Pair, x: torch.Tensor) -> torch.Tensor:
-        narrow = F.linear(x, pair.lora_A)
-        if self.sequence_parallel:
-            move = gather_from_sequence_parallel_region if self.is_column else reduce_scatter_to_sequence_parallel_region
-            narrow = move(narrow, group=self.tp_group)
-        return F.linear(narrow, pair.lora_B)
+            whole.sequence_parallel = (
+                linear.config.sequence_parallel
+            )  # each tensor rank has a part of the gradient: sum them
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
@@ -127,18 +109,13 @@ class ExpertAdapter(_Adapter):
             mark_expert_parameter(pair.lora_A, 2 if self.cut_dim == 2 else None)
             mark_expert_parameter(pair.lora_B, 1 if self.cut_dim == 1 else None)
 
-    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return self.sum_of_pairs(x, lambda pair, x: self._delta(pair, x, counts))
-
-    def _delta(self, pair: Pair, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        # expert tensor ranks share the tokens; each contributes a part of the gradient of the half that is not cut
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # expert tensor ranks share the tokens; each has a part of the gradient of the half that is not cut
+        lora_A, lora_B = super().factors()
         etp = parallel_state.get_expert_tensor_parallel_group()
-        lora_A, lora_B = pair.lora_A, pair.lora_B
         if self.cut_dim == 1:
-            lora_A = copy_to_tensor_model_parallel_region(lora_A, group=etp)
-        else:
-            lora_B = copy_to_tensor_model_parallel_region(lora_B, group=etp)
-        return grouped_linear(grouped_linear(x, lora_A, counts), lora_B, counts)
+            return copy_to_tensor_model_parallel_region(lora_A, group=etp), lora_B
+        return lora_A, copy_to_tensor_model_parallel_region(lora_B, group=etp)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = {}

@@ -13,9 +13,8 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -27,9 +26,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from glm45_tune.layout import Layout
 from glm45_tune.mcore.layers.attention import Attention, PackedRow, rotary_table
-from glm45_tune.mcore.layers.experts import GroupedExperts
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
+from glm45_tune.mcore.layers.loss import linear_cross_entropy
+from glm45_tune.mcore.layers.moe import MoE
 from glm45_tune.mcore.layers.norm import RMSNorm
+from glm45_tune.mcore.layers.swiglu import GatedMLP
 from glm45_tune.spec import ModelSpec
 
 # without Transformer Engine the norm is a module of its own; checkpoints keep the names its fused linears give it
@@ -124,7 +125,6 @@ class Stack(HybridStack):
 def layer_specs(options: ModelOptions) -> ModuleSpec:
     """Which module stands in which place of HybridModel."""
     mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
-    moe = MoESubmodules(experts=GroupedExperts, shared_experts=partial(SharedExpertMLP, submodules=mlp))
     attention_layer = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(module=Attention),
@@ -133,12 +133,12 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
     )
     mlp_layer = TransformerLayerSubmodules(
         pre_mlp_layernorm=RMSNorm,
-        mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+        mlp=partial(GatedMLP.as_mlp_submodule, submodules=mlp),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=NORM_NAMES,
     )
     moe_layer = TransformerLayerSubmodules(
-        pre_mlp_layernorm=RMSNorm, mlp=partial(_moe_layer, submodules=moe), mlp_bda=get_bias_dropout_add
+        pre_mlp_layernorm=RMSNorm, mlp=partial(MoE, submodules=mlp), mlp_bda=get_bias_dropout_add
     )
     mtp_layer = MultiTokenPredictionLayerSubmodules(enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear)
     return ModuleSpec(
@@ -158,10 +158,6 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
             ),
         ),
     )
-
-
-def _moe_layer(config, pg_collection, is_mtp_layer=False, name=None, *, submodules):
-    return MoELayer(config, submodules, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, name=name)
 
 
 class GLM45Model(HybridModel):
@@ -219,5 +215,7 @@ class GLM45Model(HybridModel):
         return torch.stack(losses)
 
     def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits, _ = self.output_layer(hidden)
-        return self.compute_language_model_loss(labels[None], logits.float())[0]
+        head = self.output_layer
+        if head.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=head.tp_group)
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, head.tp_group)

@@ -78,14 +78,19 @@ def test_a_fault_moves_the_logits(checkpoints, one_rank, fault):
 
 
 def test_bf16_is_no_worse_than_transformers_own(checkpoints, one_rank):
-    """bf16 logits are held to transformers' own bf16 error against its fp32, on the mean over all logits."""
-    exact = theirs(checkpoints["air"])
+    """bf16 logits are held to transformers' own bf16 error against its fp32, on the mean over all logits of 16 rows: a row's
+
+    error is mostly that of a token or two whose experts a rounding changed.
+    """
+    exact, rounded = theirs(checkpoints["air"]), theirs(checkpoints["air"], torch.bfloat16)
     model = ours(checkpoints["air"], one_rank, params_dtype=torch.bfloat16)
-    tokens = tokens_of(model)
-    with torch.no_grad():
-        reference = exact(tokens[None]).logits[0]
-        their_error = (theirs(checkpoints["air"], torch.bfloat16)(tokens[None]).logits[0].float() - reference).abs().mean()
-        our_error = (model(tokens, torch.arange(len(tokens)), [0, len(tokens)]).float() - reference).abs().mean()
+    their_error = our_error = 0.0
+    for seed in range(16):
+        tokens = torch.randint(0, model.spec.vocab_size, (96,), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            reference = exact(tokens[None]).logits[0]
+            their_error += (rounded(tokens[None]).logits[0].float() - reference).abs().mean()
+            our_error += (model(tokens, torch.arange(96), [0, 96]).float() - reference).abs().mean()
     assert our_error <= 1.2 * their_error
 
 
@@ -140,7 +145,7 @@ def test_packed_equals_unpacked(checkpoints, corpus, one_rank, make_recipe, tmp_
     packed = _token_losses(model, samples).double().sum().item()
     assert abs(packed / alone - 1) <= 1e-6
     whole = attention.packed_attention
-    monkeypatch.setattr(attention, "packed_attention", lambda q, k, v, bounds: whole(q, k, v, [0, bounds[-1]]))
+    monkeypatch.setattr(attention, "packed_attention", lambda q, k, v, row: whole(q, k, v, attention.PackedRow([0, len(q)], q.device)))
     leaking = _token_losses(model, samples).double().sum().item()  # the twin: attention across documents
     assert abs(leaking / alone - 1) > 1e-4
 
@@ -162,7 +167,7 @@ def test_a_neighbour_does_not_move_a_samples_losses(checkpoints, corpus, one_ran
     [
         {"recompute_granularity": "full"},
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
-        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe_act", "mlp", "shared_experts"]},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]},
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     ],
     ids=["uniform", "block", "selective", "moe"],

@@ -1,8 +1,9 @@
-"""Self-attention over packed rows: documents are separated by cu_seqlens, never by a mask.
+"""Self-attention over packed rows: documents are separated by their edges, never by a mask.
 
 Shapes: T tokens of a row (all documents), H query heads and G key/value heads of this tensor rank, D head size.
 """
 
+import functools
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
 from glm45_tune.mcore.layers.norm import RMSNorm
@@ -31,13 +33,69 @@ def rotate(x_THD: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned * cos + torch.cat((-high, low), dim=-1) * sin, kept), dim=-1)
 
 
-def packed_attention(query_THD, key_TGD, value_TGD, bounds: list[int]) -> torch.Tensor:
-    """Causal attention inside each document; bounds are the documents' edges, 0 first and T last. Returns [T, H, D]."""
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mixed, table, heads):
+        from glm45_tune.mcore.layers import kernels
+
+        ctx.save_for_backward(table)
+        ctx.heads = heads
+        return kernels.split_heads(mixed.contiguous(), table, heads)
+
+    @staticmethod
+    def backward(ctx, query, key, value):
+        from glm45_tune.mcore.layers import kernels
+
+        return kernels.join_heads(query, key, value, *ctx.saved_tensors, ctx.heads), None, None
+
+
+def split_heads(mixed_TGXD: torch.Tensor, table: torch.Tensor | None):
+    """[T, G, heads of a group + 2, D], each group's queries, its key and its value → query [T, H, D], key and value [T, G, D].
+
+    With a `rotary_table`, query and key come rotated.
+    """
+    heads = mixed_TGXD.shape[2] - 2
+    size = mixed_TGXD.shape[3]
+    if table is not None and mixed_TGXD.is_cuda and size & (size - 1) == 0:
+        return _SplitHeads.apply(mixed_TGXD, table, heads)
+    query, key, value = mixed_TGXD.split((heads, 1, 1), dim=2)
+    query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
+    return (query, key, value) if table is None else (rotate(query, table), rotate(key, table), value)
+
+
+@functools.cache
+def _cudnn_attention():
+    """nvidia-cudnn-frontend's attention over packed rows, or None where it is not installed."""
+    try:
+        from cudnn.sdpa.fwd.torch_op import sdpa
+    except ImportError:
+        return None
+    return sdpa
+
+
+def packed_attention(query_THD, key_TGD, value_TGD, row: "PackedRow") -> torch.Tensor:
+    """Causal attention inside each document of the row. Returns [T, H, D]."""
+    if query_THD.is_cuda and query_THD.dtype == torch.bfloat16 and _cudnn_attention() is not None:
+        return _cudnn_attention()(
+            query_THD,
+            key_TGD,
+            value_TGD,
+            is_causal=True,
+            cu_seqlens_q=row.padded_edges,
+            cu_seqlens_kv=row.padded_edges,
+            max_seqlen_q=row.padded_longest,
+            max_seqlen_kv=row.padded_longest,
+            return_lse=True,
+        )[0]
     outputs = []
-    for first, last in zip(bounds, bounds[1:]):
-        q, k, v = (x[first:last].transpose(0, 1).unsqueeze(0) for x in (query_THD, key_TGD, value_TGD))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    with sdpa_kernel(
+        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+        set_priority=True,
+    ):
+        for first, last in zip(row.bounds, row.bounds[1:]):
+            q, k, v = (x[first:last].transpose(0, 1).unsqueeze(0) for x in (query_THD, key_TGD, value_TGD))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class Attention(MegatronModule):
@@ -77,13 +135,13 @@ class Attention(MegatronModule):
         mixed, _ = self.linear_qkv(hidden_states)
         # each group's rows lie together: its query heads, its key, its value
         mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_size)
-        query, key, value = mixed.split((self.heads_per_group, 1, 1), dim=2)
-        query = query.reshape(query.shape[0], -1, self.head_size)
-        key, value = key.squeeze(2), value.squeeze(2)
-        if self.q_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
-        attend = partial(packed_attention, bounds=packed_seq_params.bounds)
+        if self.q_layernorm is None:
+            query, key, value = split_heads(mixed, rotary_pos_emb)
+        else:
+            query, key, value = split_heads(mixed, None)
+            query = rotate(self.q_layernorm(query), rotary_pos_emb)
+            key = rotate(self.k_layernorm(key), rotary_pos_emb)
+        attend = partial(packed_attention, row=packed_seq_params)
         if self.recompute and self.training:
             context = checkpoint(attend, False, query, key, value)
         else:
@@ -99,13 +157,18 @@ class PackedRow(PackedSeqParams):
     """megatron's packed parameters with the document edges on the host too, so that no layer waits for the device."""
 
     def __init__(self, bounds: list[int], device: torch.device):
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
         longest = max(last - first for first, last in zip(bounds, bounds[1:]))
+        # cuDNN plans an attention for each number of documents and longest length: rounded up they are few
+        documents = _power_of_two(len(bounds) - 1)
+        padded = bounds + [bounds[-1]] * (documents + 1 - len(bounds))
+        self.padded_edges = torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True)
+        self.padded_longest = max(_power_of_two(longest), 128)
+        edges = self.padded_edges[: len(bounds)]
         super().__init__(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest
         )
         self.bounds = bounds
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()

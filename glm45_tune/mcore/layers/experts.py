@@ -1,25 +1,189 @@
-"""The routed experts of one rank as two grouped linears: one stacked weight each, one GEMM over all of them on a GPU.
+"""The routed experts of one rank: two grouped matrix products around a SwiGLU, with a backward of their own.
 
-Shapes: N tokens that reached this rank, sorted by expert; E experts of this rank.
+A frozen weight never needs its input: what is kept for the backward is the gate/up output, each token's weights and which
+expert it went to. Sorted copies of the tokens are made again by index where LoRA or a trained weight needs them.
+
+Shapes: T tokens, K experts a token, N = T · K rows sorted by expert; E experts of this rank; F their width.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
+from glm45_tune.mcore.layers.swiglu import swiglu_backward, swiglu_forward
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """x [N, in] whose rows are sorted by expert, weight [E, out, in], counts [E] (on the CPU) → [N, out]."""
-    # one kernel for all experts, which takes bf16 rows of whole 16-byte words
-    if x.is_cuda and x.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0:
-        ends = counts.to(x.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.tolist()), weight)])
+
+class Plan(NamedTuple):
+    """Where rows go. token: int [N], the token of each sorted row. slot: int [N], its place in the flat [T · K] choices.
+
+    place: int [T, K], the sorted row of each choice. ends: int32 [E], where each expert's rows end.
+    """
+
+    token: torch.Tensor
+    slot: torch.Tensor
+    place: torch.Tensor
+    ends: torch.Tensor
+
+
+def plan_rows(experts: torch.Tensor, num_experts: int) -> Plan:
+    """experts: int [T, K], the expert of each choice. No wait for the device."""
+    chosen, slot = experts.flatten().to(torch.int32).sort(stable=True)
+    place = torch.empty_like(slot).scatter_(0, slot, torch.arange(slot.numel(), device=slot.device))
+    every = torch.arange(num_experts, dtype=torch.int32, device=slot.device)
+    ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
+    return Plan(slot // experts.shape[1], slot, place.view_as(experts), ends)
+
+
+def _gather(x, index):
+    if x.is_cuda:
+        from glm45_tune.mcore.layers import kernels
+
+        return kernels.gather_rows(x.contiguous(), index)
+    return x[index]
+
+
+def _sum(y, index):
+    if y.is_cuda:
+        from glm45_tune.mcore.layers import kernels
+
+        return kernels.sum_rows(y.contiguous(), index)
+    return y[index].sum(1)
+
+
+class GatherRows(torch.autograd.Function):
+    """x [T, W] → [N, W], each token once for every expert it chose, sorted by expert. Backward: sum over a token's rows."""
+
+    @staticmethod
+    def forward(ctx, x, plan: Plan):
+        ctx.plan = plan
+        return _gather(x, plan.token)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _sum(gradient, ctx.plan.place), None
+
+
+class SumRows(torch.autograd.Function):
+    """y [N, W] → [T, W], the sum of each token's rows. Backward: each row gets its token's gradient."""
+
+    @staticmethod
+    def forward(ctx, y, plan: Plan):
+        ctx.plan = plan
+        return _sum(y, plan.place)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _gather(gradient, ctx.plan.token), None
+
+
+def _one_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether torch's grouped_mm takes them: bf16 on a GPU, rows of whole 16-byte words, something to do."""
+    sizes = (a.shape[1], *b.shape[1:])
+    return a.is_cuda and a.dtype == torch.bfloat16 and a.shape[0] > 0 and all(size % 8 == 0 for size in sizes)
+
+
+def _rows_of_experts(x: torch.Tensor, ends: torch.Tensor) -> list[torch.Tensor]:
+    return [x[first:last] for first, last in zip([0, *ends.tolist()], ends.tolist())]
+
+
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """x [N, A] sorted by expert, weight [E, A, B] → [N, B], each row times its expert's matrix."""
+    if _one_kernel(x, weight):
+        return F.grouped_mm(x, weight, offs=ends)
+    return torch.cat([rows @ w for rows, w in zip(_rows_of_experts(x, ends), weight)])
+
+
+def grouped_outer(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """x [N, A], y [N, B], both sorted by expert → [E, A, B], the sum over each expert's rows of xᵀ y."""
+    if _one_kernel(x, y):
+        return F.grouped_mm(x.t(), y, offs=ends)
+    return torch.stack([a.t() @ b for a, b in zip(_rows_of_experts(x, ends), _rows_of_experts(y, ends))])
+
+
+def _add_lora(output, x, lora_A, lora_B, scaling, dropout, ends):
+    """Add the pair's product to output [N, B] in place. → what its gradient needs: the narrow product and the dropout's mask."""
+    mask = None
+    if dropout:
+        with get_cuda_rng_tracker().fork():  # every rank drops its own rows
+            x, mask = torch.native_dropout(x, dropout, True)
+    narrow = grouped_mm(x, lora_A.transpose(1, 2), ends)
+    output.add_(grouped_mm(narrow, lora_B.transpose(1, 2), ends), alpha=scaling)
+    return narrow, mask
+
+
+def _lora_backward(gradient, x, kept, lora_A, lora_B, scaling, dropout, ends):
+    """gradient [N, B] of the linear's output, x [N, A] its input → gradients of x (to be added), lora_A and lora_B."""
+    narrow, mask = kept
+    narrow_out = grouped_mm(gradient, lora_B, ends).mul_(scaling)
+    B_out = grouped_outer(gradient, narrow, ends).mul_(scaling)
+    x_out = grouped_mm(narrow_out, lora_A, ends)
+    if mask is not None:
+        x, x_out = (torch.ops.aten.native_dropout_backward(t, mask, 1 / (1 - dropout)) for t in (x, x_out))
+    return x_out, grouped_outer(narrow_out, x, ends), B_out
+
+
+class Experts(torch.autograd.Function):
+    """Σ over a token's experts of prob · fc2(silu(gate) · up), where (gate, up) = fc1(token); either linear may carry LoRA.
+
+    The weight of an expert multiplies the activation, before fc2: the same product at a third of the width.
+    """
+
+    @staticmethod
+    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, plan: Plan, adapters):
+        """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden]; fc2 [E, hidden, F]; A1, B1, A2, B2: LoRA factors or None
+
+        ([E, r, in], [E, out, r]); adapters: (scaling, dropout) of each. Returns [T, hidden].
+        """
+        rows = _gather(x, plan.token)
+        weights = probs.flatten()[plan.slot]
+        gate_up = grouped_mm(rows, fc1.transpose(1, 2), plan.ends)
+        kept1 = kept2 = (None, None)
+        if A1 is not None:
+            kept1 = _add_lora(gate_up, rows, A1, B1, *adapters[0], plan.ends)
+        del rows
+        hidden = swiglu_forward(gate_up, weights)
+        output = grouped_mm(hidden, fc2.transpose(1, 2), plan.ends)
+        if A2 is not None:
+            kept2 = _add_lora(output, hidden, A2, B2, *adapters[1], plan.ends)
+        needs_x = A1 is not None or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if needs_x else None, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept1, *kept2)
+        ctx.plan, ctx.adapters = plan, adapters
+        return _sum(output, plan.place)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept = ctx.saved_tensors
+        plan, ends = ctx.plan, ctx.plan.ends
+        fc1_out = fc2_out = A1_out = B1_out = A2_out = B2_out = None
+        gradient = _gather(gradient, plan.token)
+        hidden_out = grouped_mm(gradient, fc2, ends)
+        needs_hidden = A2 is not None or ctx.needs_input_grad[3]
+        if A2 is None:
+            gate_up_out, weights_out, hidden = swiglu_backward(gate_up, weights, hidden_out, needs_hidden)
+        else:
+            hidden = swiglu_forward(gate_up, weights)
+            more, A2_out, B2_out = _lora_backward(gradient, hidden, kept[2:], A2, B2, *ctx.adapters[1], ends)
+            gate_up_out, weights_out, _ = swiglu_backward(gate_up, weights, hidden_out.add_(more))
+            del more
+        if ctx.needs_input_grad[3]:
+            fc2_out = grouped_outer(gradient, hidden, ends)
+        del gradient, hidden, hidden_out
+        x_out = grouped_mm(gate_up_out, fc1, ends)
+        if x is not None:
+            rows = _gather(x, plan.token)
+            if A1 is not None:
+                more, A1_out, B1_out = _lora_backward(gate_up_out, rows, kept[:2], A1, B1, *ctx.adapters[0], ends)
+                x_out.add_(more)
+            if ctx.needs_input_grad[2]:
+                fc1_out = grouped_outer(gate_up_out, rows, ends)
+        return _sum(x_out, plan.place), weights_out[plan.place], fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, None, None
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
@@ -33,7 +197,7 @@ def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) ->
 
 
 class GroupedLinear(torch.nn.Module):
-    """A stack of linears, one an expert, with room for a LoRA adapter (one low-rank pair an expert)."""
+    """The stacked weight of one linear an expert, with room for a LoRA adapter (one low-rank pair an expert)."""
 
     def __init__(self, num_experts: int, input_size: int, output_size: int, config, init_method, cut_dim: int):
         """Sizes are this rank's. cut_dim: the weight's dim that expert tensor ranks share, 1 = output, 2 = input."""
@@ -47,9 +211,11 @@ class GroupedLinear(torch.nn.Module):
         if config.perform_initialization:
             init_method(self.weight)
 
-    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        output = grouped_linear(x, self.weight, counts)
-        return output if self.adapter is None else output + self.adapter(x, counts)
+    def factors(self):
+        """(lora_A, lora_B) or (None, None), and (scaling, dropout)."""
+        if self.adapter is None:
+            return (None, None), None
+        return self.adapter.factors(), (self.adapter.scaling, self.adapter.dropout if self.training else 0.0)
 
 
 def sharded_experts(tensor: torch.Tensor, key: str, cut_dim: int | None, halves: bool = False):
@@ -80,18 +246,12 @@ def sharded_experts(tensor: torch.Tensor, key: str, cut_dim: int | None, halves:
         return ShardedTensorFactory(key, tensor, gate_and_up, lambda parts: torch.cat(parts, dim=1), replica)
 
 
-def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up · prob, [N, 2F] and [N] → [N, F] in gate_up's dtype."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
-
-
 class GroupedExperts(MegatronModule):
     """SwiGLU experts in megatron's place for `experts`; parameters `linear_fc1.weight` [E, 2F, hidden] and `linear_fc2`."""
 
     def __init__(self, num_local_experts, config, pg_collection=None, name=None):
         super().__init__(config)
-        self.recompute = "moe_act" in (config.recompute_modules or []) and config.recompute_granularity == "selective"
+        self.num_local_experts = num_local_experts
         etp = pg_collection.expt_tp.size()
         width = config.moe_ffn_hidden_size // etp
         self.linear_fc1 = GroupedLinear(
@@ -101,17 +261,13 @@ class GroupedExperts(MegatronModule):
             num_local_experts, width, config.hidden_size, config, config.output_layer_init_method, cut_dim=2
         )
 
-    def forward(self, x: torch.Tensor, counts: torch.Tensor, probs: torch.Tensor):
-        """x [N, hidden] sorted by expert, counts [E], probs [N]: each token's weight for its expert → ([N, hidden], None).
-
-        The weight multiplies the activation, before fc2: the same product, at a third of the width.
-        """
-        gate_up = self.linear_fc1(x, counts)
-        if self.recompute and self.training:
-            hidden = checkpoint(weighted_swiglu, False, gate_up, probs)
-        else:
-            hidden = weighted_swiglu(gate_up, probs)
-        return self.linear_fc2(hidden, counts), None
+    def forward(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden], probs fp32 [T, K], experts int [T, K] counted from this rank's first → [T, hidden], their weighted sum."""
+        (A1, B1), adapter1 = self.linear_fc1.factors()
+        (A2, B2), adapter2 = self.linear_fc2.factors()
+        plan = plan_rows(experts, self.num_local_experts)
+        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
+        return Experts.apply(x, probs, fc1, fc2, A1, B1, A2, B2, plan, (adapter1, adapter2))
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = {}

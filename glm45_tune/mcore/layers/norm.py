@@ -1,10 +1,11 @@
 """RMSNorm as GLM-4.5 has it, knowing sequence parallelism."""
 
 import torch
+import torch.nn.functional as F
 
 
 class RMSNorm(torch.nn.Module):
-    """y = x / rms(x) · weight over the last dim; the mean square in fp32, the product in x's dtype (as transformers does).
+    """y = x / rms(x) · weight over the last dim, in fp32 inside, rounded once to x's dtype. Keeps x and one number a row.
 
     Under sequence parallelism every tensor rank sees its own tokens, so the weight's gradient is summed over the
     tensor ranks: the attribute `sequence_parallel` tells megatron to.
@@ -19,6 +20,4 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

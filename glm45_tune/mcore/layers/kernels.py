@@ -1,0 +1,230 @@
+"""Triton kernels for one NVIDIA card: each does in one pass over memory what plain torch does in several.
+
+Every function here has a plain twin in the module that calls it, and a test in tests/gpu holds the two together. All compute
+in fp32 and round once. Imported only where tensors live on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+WIDTH = 1024
+"""Columns a program works on at a time."""
+
+
+@triton.jit
+def _gather(x, index, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index + row).to(tl.int64)
+    values = tl.load(x + source * width + column, mask=column < width)
+    tl.store(out + row * width + column, values, mask=column < width)
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [T, W] contiguous, index int [N] → x[index], [N, W]."""
+    out = x.new_empty(index.shape[0], x.shape[1])
+    if out.numel():
+        _gather[(out.shape[0], triton.cdiv(x.shape[1], WIDTH))](x, index, out, x.shape[1], BLOCK=WIDTH)
+    return out
+
+
+@triton.jit
+def _sum(y, index, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in tl.static_range(K):
+        source = tl.load(index + row * K + place).to(tl.int64)
+        total += tl.load(y + source * width + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def sum_rows(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """y [N, W] contiguous, index int [T, K] → y[index].sum(1), [T, W], summed in fp32."""
+    out = y.new_empty(index.shape[0], y.shape[1])
+    if out.numel():
+        _sum[(out.shape[0], triton.cdiv(y.shape[1], WIDTH))](y, index, out, y.shape[1], K=index.shape[1], BLOCK=WIDTH)
+    return out
+
+
+@triton.jit
+def _swiglu(gate_up, scale, out, width, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = gate_up + row * 2 * width + column
+    gate = tl.load(at, mask=column < width, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=column < width, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    if HAS_SCALE:
+        value *= tl.load(scale + row).to(tl.float32)
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=column < width)
+
+
+def swiglu(gate_up: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """silu(gate) · up · scale: gate_up [N, 2F] contiguous, scale [N] or None → [N, F]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    if rows:
+        block = 512
+        _swiglu[(rows, triton.cdiv(width, block))](
+            gate_up, scale, out, width, HAS_SCALE=scale is not None, BLOCK=block, num_warps=2
+        )
+    return out
+
+
+@triton.jit
+def _swiglu_backward(
+    gate_up, scale, gradient, out, scale_out, again, width: tl.constexpr,
+    HAS_SCALE: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if HAS_SCALE:
+        factor = tl.load(scale + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < width
+        at = row * 2 * width + column
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(gradient + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        total += upstream * silu * up
+        if AGAIN:
+            tl.store(again + row * width + column, (silu * up * factor).to(again.dtype.element_ty), mask=inside)
+        upstream *= factor
+        gate_out = upstream * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(out + at, gate_out.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + width, (upstream * silu).to(out.dtype.element_ty), mask=inside)
+    if HAS_SCALE:
+        tl.store(scale_out + row, tl.sum(total, 0))
+
+
+def swiglu_backward(
+    gate_up: torch.Tensor, scale: torch.Tensor | None, gradient: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """→ (gradient of gate_up, of scale in fp32 or None, and with `again` the forward's value once more, else None)."""
+    rows, width = gradient.shape
+    out = torch.empty_like(gate_up)
+    scale_out = None if scale is None else scale.new_empty(rows, dtype=torch.float32)
+    value = torch.empty_like(gradient) if again else None
+    if rows:
+        _swiglu_backward[(rows,)](
+            gate_up, scale, gradient, out, scale_out, value, width,
+            HAS_SCALE=scale is not None, AGAIN=again, BLOCK=1024,
+        )  # fmt: skip
+    return out, scale_out, value
+
+
+@triton.jit
+def _heads(
+    mixed, query, key, value, cos, sin, sign, rotary,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, SIZE: tl.constexpr, JOIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    dim = tl.arange(0, SIZE)[None, :]
+    group, place = head // (PER_GROUP + 2), head % (PER_GROUP + 2)
+    inside = head < GROUPS * (PER_GROUP + 2)
+    is_query, is_key = inside & (place < PER_GROUP), inside & (place == PER_GROUP)
+    is_value = inside & (place == PER_GROUP + 1)
+    to_query = query + (token * GROUPS * PER_GROUP + group * PER_GROUP + place) * SIZE
+    to_key, to_value = key + (token * GROUPS + group) * SIZE, value + (token * GROUPS + group) * SIZE
+    to_mixed = mixed + (token * GROUPS * (PER_GROUP + 2) + head) * SIZE
+    turned = (dim < rotary) & (place <= PER_GROUP)
+    half = rotary // 2
+    partner = tl.where(dim < half, dim + half, tl.where(dim < rotary, dim - half, dim))
+    if JOIN:
+        own = tl.load(to_query + dim, mask=is_query, other=0.0) + tl.load(to_key + dim, mask=is_key, other=0.0)
+        own += tl.load(to_value + dim, mask=is_value, other=0.0)
+        other = tl.load(to_query + partner, mask=is_query & turned, other=0.0)
+        other += tl.load(to_key + partner, mask=is_key & turned, other=0.0)
+    else:
+        own = tl.load(to_mixed + dim, mask=inside, other=0.0)
+        other = tl.load(to_mixed + partner, mask=inside & turned, other=0.0)
+    own, other = own.to(tl.float32), other.to(tl.float32)
+    c = tl.load(cos + token * rotary + dim, mask=dim < rotary, other=1.0)
+    s = tl.load(sin + token * rotary + dim, mask=dim < rotary, other=0.0) * sign
+    own = tl.where(turned, own * c + tl.where(dim < half, -other, other) * s, own).to(mixed.dtype.element_ty)
+    if JOIN:
+        tl.store(to_mixed + dim, own, mask=inside)
+    else:
+        tl.store(to_query + dim, own, mask=is_query)
+        tl.store(to_key + dim, own, mask=is_key)
+        tl.store(to_value + dim, own, mask=is_value)
+
+
+def split_heads(mixed: torch.Tensor, table: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """mixed [T, G, heads + 2, D] contiguous (a group's queries, its key, its value) → rotated query [T, G · heads, D], rotated key
+
+    and value [T, G, D]. table: cos and sin, fp32 [2, T, 1, rotary dims].
+    """
+    tokens, groups, _, size = mixed.shape
+    query = mixed.new_empty(tokens, groups * heads, size)
+    key, value = mixed.new_empty(2, tokens, groups, size)
+    _launch_heads(mixed, query, key, value, table, heads, sign=1.0, join=False)
+    return query, key, value
+
+
+def join_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, heads: int) -> torch.Tensor:
+    """The transpose of `split_heads`: gradients of query, key and value → gradient of mixed."""
+    tokens, groups, size = key.shape
+    mixed = query.new_empty(tokens, groups, heads + 2, size)
+    _launch_heads(mixed, query.contiguous(), key.contiguous(), value.contiguous(), table, heads, sign=-1.0, join=True)
+    return mixed
+
+
+def _launch_heads(mixed, query, key, value, table, heads, sign, join):
+    tokens, groups, _, size = mixed.shape
+    block = 8
+    grid = (tokens, triton.cdiv(groups * (heads + 2), block))
+    _heads[grid](
+        mixed, query, key, value, table[0], table[1], sign, table.shape[-1],
+        GROUPS=groups, PER_GROUP=heads, SIZE=size, JOIN=join, BLOCK=block,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_sums(logits, labels, lse, target, words: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = logits + row * words
+    highest, total = float("-inf"), 0.0
+    for first in range(0, words, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        values = tl.load(at + column, mask=column < words, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(values, 0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), 0)
+        highest = higher
+    tl.store(lse + row, highest + tl.log(total))
+    label = tl.load(labels + row)
+    ours = (label >= 0) & (label < words)
+    tl.store(target + row, tl.load(at + label, mask=ours, other=0.0).to(tl.float32))
+
+
+def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [N, V], labels int64 [N] → fp32 (logsumexp of each row, its label's logit or 0 where the label is outside [0, V))."""
+    lse, target = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device)
+    _row_sums[(logits.shape[0],)](logits, labels, lse, target, logits.shape[1], BLOCK=4096, num_warps=8)
+    return lse, target
+
+
+@triton.jit
+def _softmax_gradient(logits, labels, lse, scale, words, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = logits + row * words + column
+    values = tl.load(at, mask=column < words, other=0.0).to(tl.float32)
+    values = tl.exp(values - tl.load(lse + row)) - (column == tl.load(labels + row)).to(tl.float32)
+    if HAS_SCALE:
+        values *= tl.load(scale + row)
+    tl.store(at, values.to(logits.dtype.element_ty), mask=column < words)
+
+
+def softmax_gradient_(logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """Put (softmax − one-hot of the label) · scale in the place of logits [N, V]; lse, scale: fp32 [N]."""
+    words = logits.shape[1]
+    grid = (logits.shape[0], triton.cdiv(words, 4096))
+    _softmax_gradient[grid](logits, labels, lse, scale, words, HAS_SCALE=scale is not None, BLOCK=4096, num_warps=8)

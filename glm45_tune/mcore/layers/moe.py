@@ -1,0 +1,135 @@
+"""The mixture-of-experts layer: router, routed experts wherever they live, shared experts meanwhile.
+
+With one expert rank nothing is exchanged. Otherwise a token travels to the ranks of its experts, one row a choice, and its
+results travel back; the shared experts run while the rows are under way, forward and backward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    checkpoint,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+
+from glm45_tune.mcore.layers.experts import GatherRows, GroupedExperts, SumRows, plan_rows
+from glm45_tune.mcore.layers.router import Router
+from glm45_tune.mcore.layers.swiglu import SharedExperts
+
+
+@dataclass
+class Transfer:
+    """One exchange of rows over a group, under way between `_Depart` and `_Arrive`."""
+
+    group: dist.ProcessGroup
+    send: list[int]
+    receive: list[int]
+
+    def start(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> None:
+        self.rows = rows.contiguous()  # alive until it has left
+        self.landing = rows.new_empty(sum(receive), *rows.shape[1:])
+        self.work = dist.all_to_all_single(self.landing, self.rows, receive, send, group=self.group, async_op=True)
+
+    def finish(self) -> torch.Tensor:
+        self.work.wait()
+        landing, self.work, self.rows, self.landing = self.landing, None, None, None
+        return landing
+
+
+class _Depart(torch.autograd.Function):
+    """Start to exchange rows [sum(send), W] → [sum(receive), W], not to be read before `_Arrive`."""
+
+    @staticmethod
+    def forward(ctx, rows, transfer: Transfer):
+        ctx.transfer = transfer
+        transfer.start(rows, transfer.send, transfer.receive)
+        return transfer.landing.view_as(transfer.landing)
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.transfer.finish(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Wait for `_Depart`. The backward starts the way back; what was computed in between runs backward meanwhile."""
+
+    @staticmethod
+    def forward(ctx, rows, transfer: Transfer):
+        ctx.transfer = transfer
+        return transfer.finish().view_as(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.transfer.start(gradient, ctx.transfer.receive, ctx.transfer.send)
+        return gradient, None  # a placeholder of the right shape: `_Depart` takes what lands
+
+
+class MoE(BaseMoELayer):
+    """In megatron's place for `mlp` of a MoE layer, with its parameter names."""
+
+    def __init__(self, config, pg_collection, is_mtp_layer=False, name=None, *, submodules: MLPSubmodules):
+        """submodules: the shared experts' linears."""
+        super().__init__(config, None, pg_collection, is_mtp_layer)
+        self.router = Router(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.experts = GroupedExperts(self.num_local_experts, config, pg_collection)
+        self.shared_experts = SharedExperts(config, submodules, gate=False, pg_collection=pg_collection)
+        self.etp_group = pg_collection.expt_tp
+        self.recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+
+    def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
+        """[T, 1, hidden] → (same, no bias)."""
+        if self.recompute and self.training:
+            return checkpoint(self._forward, False, hidden_states), None
+        return self._forward(hidden_states), None
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        probs, experts = self.router(hidden)
+        x = hidden.flatten(0, 1)
+        if self.ep_group.size() == 1:
+            shared = self.shared_experts.project(self.shared_experts.activate(hidden))
+            return self._on_this_rank(x, probs, experts).view_as(hidden) + shared
+        plan = plan_rows(experts, self.config.num_moe_experts)
+        counts = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
+        send, arriving = self._sizes(counts)
+        transfer = Transfer(self.ep_group, send, arriving.sum(1).tolist())
+        rows = _Depart.apply(GatherRows.apply(x, plan), transfer)
+        activated = self.shared_experts.activate(hidden)
+        rows = _Arrive.apply(rows, transfer)
+        weights = self._exchange(probs.flatten()[plan.slot].unsqueeze(1), transfer)
+        which = torch.arange(self.num_local_experts).repeat(len(send)).repeat_interleave(arriving.flatten())
+        rows = self._on_this_rank(rows, weights, which.to(rows.device, non_blocking=True).unsqueeze(1))
+        back = Transfer(self.ep_group, transfer.receive, transfer.send)
+        rows = _Depart.apply(rows, back)
+        shared = self.shared_experts.project(activated)
+        return SumRows.apply(_Arrive.apply(rows, back), plan).view_as(hidden) + shared
+
+    def _sizes(self, counts: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """counts: rows for every expert → how many go to each rank, and on the host [ranks, E]: what each rank sends to ours."""
+        ranks = self.ep_group.size()
+        table = counts.new_empty(ranks * counts.numel())
+        dist.all_gather_into_tensor(table, counts, group=self.ep_group)
+        table = table.view(ranks, ranks, self.num_local_experts).cpu()  # the one wait for the device
+        return table[self.ep_group.rank()].sum(1).tolist(), table[:, self.ep_group.rank()]
+
+    def _exchange(self, rows: torch.Tensor, transfer: Transfer) -> torch.Tensor:
+        other = Transfer(self.ep_group, transfer.send, transfer.receive)
+        return _Arrive.apply(_Depart.apply(rows, other), other)
+
+    def _on_this_rank(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The experts here. Expert tensor ranks each hold a slice of every expert: they pool tokens and share out the sum."""
+        etp = self.etp_group
+        if etp.size() == 1:
+            return self.experts(x, probs, experts)
+        sizes = [torch.zeros_like(s) for s in etp.size() * [torch.tensor([x.shape[0]], device=x.device)]]
+        dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device), group=etp)
+        splits = torch.cat(sizes).tolist()
+        x, probs, experts = (
+            gather_from_sequence_parallel_region(t, group=etp, output_split_sizes=splits) for t in (x, probs, experts)
+        )
+        return reduce_scatter_to_sequence_parallel_region(
+            self.experts(x, probs, experts), group=etp, input_split_sizes=splits
+        )

@@ -1,0 +1,71 @@
+"""Each Triton kernel against its plain twin, forward and backward: `python tests/kernel_twins.py cuda`, or with TRITON_INTERPRET=1 `cpu`."""
+
+import sys
+
+import torch
+
+from glm45_tune.mcore.layers import attention, experts, kernels, loss, swiglu
+
+
+def close(ours, plain):
+    for a, b in zip(ours, plain, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.float().cpu(), b.float().cpu())
+
+
+def rows(new):
+    x, index, table = new(9, 70), torch.randint(0, 9, (21,)), torch.randint(0, 9, (5, 3))
+    close([kernels.gather_rows(x, index.to(x.device))], [x.cpu()[index]])
+    close([kernels.sum_rows(x, table.to(x.device))], [x.cpu()[table].sum(1)])
+
+
+def activation(new):
+    for width in (44, 1408):
+        gate_up, gradient, weights = new(7, 2 * width), new(7, width), new(7).abs()
+        for scale in (None, weights):
+            on_cpu = None if scale is None else scale.cpu()
+            close([kernels.swiglu(gate_up, scale)], [swiglu.swiglu_forward(gate_up.cpu(), on_cpu)])
+            for again in (False, True):
+                ours = kernels.swiglu_backward(gate_up, scale, gradient, again)
+                close(ours, swiglu.swiglu_backward(gate_up.cpu(), on_cpu, gradient.cpu(), again))
+
+
+def heads(new):
+    for groups, per_group, size in ((2, 3, 32), (1, 1, 16), (8, 12, 128)):
+        mixed = new(6, groups, per_group + 2, size)
+        table = attention.rotary_table(torch.tensor([0, 1, 2, 0, 1, 70]).to(mixed.device), size, 0.5, 1e4)
+        plain = mixed.cpu().requires_grad_()
+        outputs = attention.split_heads(plain, table.cpu())
+        close(kernels.split_heads(mixed, table, per_group), outputs)
+        gradients = [new(*output.shape) for output in outputs]
+        torch.autograd.backward(outputs, [g.cpu() for g in gradients])
+        close([kernels.join_heads(*gradients, table, per_group)], [plain.grad])
+
+
+def words(new):
+    logits, labels = new(4, 9000), torch.tensor([3, -2, 8999, 12000])
+    close(kernels.row_sums(logits, labels.to(logits.device)), loss._row_sums(logits.cpu(), labels))
+    lse = logits.logsumexp(1)
+    for scale in (None, new(4)):
+        ours = logits.clone()
+        kernels.softmax_gradient_(ours, labels.to(logits.device), lse, scale)
+        on_cpu = None if scale is None else scale.cpu()
+        close([ours], [loss._softmax_gradient(logits.cpu(), labels, lse.cpu(), on_cpu)])
+
+
+def routing(new):
+    chosen = torch.stack([torch.randperm(16)[:4] for _ in range(50)])
+    plan = experts.plan_rows(chosen, 16)
+    assert torch.equal(chosen.flatten()[plan.slot], chosen.flatten().sort(stable=True).values)
+    assert torch.equal(plan.slot[plan.place.flatten()], torch.arange(200))
+    assert torch.equal(plan.ends, (chosen.flatten()[:, None] == torch.arange(16)).sum(0).cumsum(0).int())
+    device = new(1).device
+    if device.type == "cuda":
+        close(experts.plan_rows(chosen.to(device), 16), plan)
+
+
+if __name__ == "__main__":
+    generator = torch.Generator().manual_seed(0)
+    for check in (rows, activation, heads, words, routing):
+        check(lambda *shape: torch.randn(*shape, generator=generator).to(sys.argv[1]))
