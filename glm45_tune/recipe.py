@@ -192,7 +192,7 @@ class TrainConfig(_Section):
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""
     recompute_num_layers: Positive = 1
-    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] = ["core_attn"]
+    recompute_modules: list[Literal["core_attn", "mlp", "moe"]] = ["core_attn"]
     """Of selective: what is computed again in backward."""
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """The models that bench_step.py times: GLM-4.5-Air's width, few layers, random bf16 weights; ours and two peers."""
 
 import dataclasses
+import time
 
 import numpy as np
 import torch
@@ -61,20 +62,34 @@ class Ours:
     """GLM45Model under LoRA r 32 on every linear, any of which can be laid aside, or trained whole."""
 
     def __init__(self, depth: int, lora: bool = True, r: int = 32):
-        self.model = GLM45Model(dataclasses.replace(AIR, num_layers=depth), Layout(), ModelOptions(torch.bfloat16))
+        self.model = GLM45Model(dataclasses.replace(AIR, num_layers=depth), Layout(), ModelOptions(torch.bfloat16)).cuda()
         if lora:
             attach(self.model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), seed=1)
         randomise(self.model)
         self.model.train()
-        modules = self.model.named_modules()
-        self.adapters = {name: m.adapter for name, m in modules if getattr(m, "adapter", None) is not None}
+        self.linears = {name: m for name, m in self.model.named_modules() if getattr(m, "adapter", None) is not None}
+        self.adapters = {name: linear.adapter for name, linear in self.linears.items()}
+
+    def set_depth(self, depth: int) -> None:
+        """Run the first layers only."""
+        self.layers = getattr(self, "layers", None) or list(self.model.decoder.layers)
+        self.model.decoder.layers = torch.nn.ModuleList(self.layers[: 2 * depth])
 
     def prepare(self, targets):
         """targets: names of linears that keep their adapter, None for all of them."""
         for name, adapter in self.adapters.items():
             kept = targets is None or name.rpartition(".")[2] in targets
-            self.model.get_submodule(name).adapter = adapter if kept else None
+            self.linears[name].adapter = adapter if kept else None
         return self.step
+
+    def enqueue(self, tokens, bounds):
+        """A step without a wait for the device → milliseconds of the host. The layers' forward and backward alone."""
+        positions = positions_of(bounds, tokens.device)
+        begin = time.perf_counter()
+        self.model(tokens, positions, bounds, tokens[None].roll(-1, 1)).mean().backward()
+        spent = (time.perf_counter() - begin) * 1e3
+        self.model.zero_grad(set_to_none=True)
+        return spent
 
     def step(self, tokens, bounds):
         labels = tokens[None].roll(-1, 1)
@@ -112,6 +127,9 @@ class Transformers:
         randomise(self.model)
         self.model.enable_input_require_grads()
         self.model.train()
+
+    def set_depth(self, depth: int) -> None:
+        self.base.config.num_hidden_layers = depth
 
     def prepare(self, attention: str, recompute: bool):
         self.base.set_attn_implementation(attention)
@@ -208,6 +226,11 @@ class Megatron:
         randomise(self.model)
         self.model.train()
         self.lora = lora
+
+    def set_depth(self, depth: int) -> None:
+        decoder = self.model.decoder
+        self.layers = getattr(self, "layers", None) or list(decoder.layers)
+        decoder.layers, decoder.num_layers_per_pipeline_rank = torch.nn.ModuleList(self.layers[:depth]), depth
 
     def prepare(self, _):
         return self.step

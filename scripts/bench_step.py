@@ -8,9 +8,12 @@ LoRA r 32 on attention unless said otherwise. Rows: one document of `tokens`, an
 """
 
 import argparse
+import cProfile
 import collections
 import gc
+import pstats
 import statistics
+import time
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from bench_models import AIR, Megatron, Ours, Transformers
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import runtime
 
-SHALLOW, DEEP, ROUNDS = 2, 5, 7
+SHALLOW, DEEP, ROUNDS = 2, 4, 7
 ATTENTION = ("linear_qkv", "linear_proj")
 
 
@@ -43,7 +46,9 @@ class Timed:
 
     def run(self, depth: int, models, keep: bool) -> None:
         """Twice where the way of running has just changed: the first is not kept."""
-        step = self.prepare(models[depth])
+        for model in models.values():
+            model.set_depth(depth)
+        step = self.prepare(models)
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -64,8 +69,8 @@ class Timed:
 
 
 def measure(build: dict, cases: list[Timed]) -> None:
-    """build: name → model class; each case's prepare takes what `build` made at a depth."""
-    models = {depth: {name: make(depth) for name, make in build.items()} for depth in (SHALLOW, DEEP)}
+    """build: name → model class; each case's prepare takes the models by name. A shallow model is the deep one's first layers."""
+    models = {name: make(DEEP) for name, make in build.items()}
     for round_ in range(ROUNDS + 2):
         for case in cases:
             for depth in (SHALLOW, DEEP):
@@ -98,17 +103,42 @@ def report(cases: list[Timed], tokens: int, factor: int = 4) -> None:
         )
 
 
-def profile(model, row, layers: int) -> None:
-    """GPU milliseconds of a layer by kernel: those of the deep model alone, over its MoE layers (the dense one counts too)."""
+def profile(model: Ours, row) -> None:
+    """Where a MoE layer's time goes: GPU milliseconds by kernel, deep less shallow, beside the wall's and the host's."""
+    found, wall, host = {}, {}, {}
     step = model.prepare(ATTENTION)
-    step(*row)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        step(*row)
+    for depth in (SHALLOW, DEEP):
+        model.set_depth(depth)
+        for _ in range(6):
+            step(*row)
         torch.cuda.synchronize()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
-    for event in events[:45]:
-        print(f"  {event.self_device_time_total / 1e3 / layers:7.3f} ms a layer, {event.count:4d} calls: {event.key[:110]}")
-    print(f"  {sum(e.self_device_time_total for e in events) / 1e3 / layers:7.3f} ms in all", flush=True)
+        begin = time.perf_counter()
+        for _ in range(5):
+            step(*row)
+        torch.cuda.synchronize()
+        wall[depth] = (time.perf_counter() - begin) / 5 * 1e3
+        host[depth] = model.enqueue(*row)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(3):
+                step(*row)
+            torch.cuda.synchronize()
+        found[depth] = {e.key: (e.self_device_time_total / 3e3, e.count / 3) for e in profiler.key_averages()}
+    layers = DEEP - SHALLOW
+    a_layer = {
+        key: tuple((deep - shallow) / layers for deep, shallow in zip(found[DEEP][key], found[SHALLOW].get(key, (0, 0))))
+        for key in found[DEEP]
+    }
+    for key, (ms, calls) in sorted(a_layer.items(), key=lambda item: -item[1][0])[:48]:
+        print(f"  {ms:7.3f} ms a layer, {calls:5.1f} calls: {key[:110]}")
+    print(f"  {sum(ms for ms, _ in a_layer.values()):7.3f} ms of kernels a layer")
+    print(
+        f"  {(wall[DEEP] - wall[SHALLOW]) / layers:7.3f} ms of wall, {(host[DEEP] - host[SHALLOW]) / layers:.3f} of host",
+        flush=True,
+    )
+    with cProfile.Profile() as calls:
+        model.enqueue(*row)
+    torch.cuda.synchronize()
+    pstats.Stats(calls).sort_stats("tottime").print_stats(45)
 
 
 def main() -> None:
@@ -138,7 +168,7 @@ def main() -> None:
         model = Ours(DEEP)
         for name, row in rows.items():
             print(f"profile, {name}")
-            profile(model, row, DEEP)
+            profile(model, row)
         del model
         gc.collect()
         torch.cuda.empty_cache()

@@ -18,6 +18,17 @@ def rows(new):
     x, index, table = new(9, 70), torch.randint(0, 9, (21,)), torch.randint(0, 9, (5, 3))
     close([kernels.gather_rows(x, index.to(x.device))], [x.cpu()[index]])
     close([kernels.sum_rows(x, table.to(x.device))], [x.cpu()[table].sum(1)])
+    more = new(5, 70)
+    close([kernels.sum_rows(x, table.to(x.device), more)], [x.cpu()[table].sum(1) + more.cpu()])
+
+
+def normalisation(new):
+    x, weight, gradient, around = new(5, 70), new(70), new(5, 70), new(5, 70)
+    plain = x.cpu().requires_grad_()
+    output = torch.nn.functional.rms_norm(plain, (70,), weight.cpu(), 1e-5)
+    ours, scale = kernels.norm(x, weight, 1e-5)
+    torch.autograd.backward((output, plain), (gradient.cpu(), around.cpu()))
+    close([ours, kernels.norm_backward(gradient, around, x, weight, scale)], [output, plain.grad])
 
 
 def activation(new):
@@ -67,5 +78,5 @@ def routing(new):
 
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
-    for check in (rows, activation, heads, words, routing):
+    for check in (rows, normalisation, activation, heads, words, routing):
         check(lambda *shape: torch.randn(*shape, generator=generator).to(sys.argv[1]))

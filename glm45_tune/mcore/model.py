@@ -29,7 +29,7 @@ from glm45_tune.mcore.layers.attention import Attention, PackedRow, rotary_table
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
 from glm45_tune.mcore.layers.loss import linear_cross_entropy
 from glm45_tune.mcore.layers.moe import MoE
-from glm45_tune.mcore.layers.norm import RMSNorm
+from glm45_tune.mcore.layers.norm import LayerNorm, RMSNorm
 from glm45_tune.mcore.layers.swiglu import GatedMLP
 from glm45_tune.spec import ModelSpec
 
@@ -126,19 +126,19 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
     """Which module stands in which place of HybridModel."""
     mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
     attention_layer = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=LayerNorm,
         self_attention=ModuleSpec(module=Attention),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=NORM_NAMES,
     )
     mlp_layer = TransformerLayerSubmodules(
-        pre_mlp_layernorm=RMSNorm,
+        pre_mlp_layernorm=LayerNorm,
         mlp=partial(GatedMLP.as_mlp_submodule, submodules=mlp),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=NORM_NAMES,
     )
     moe_layer = TransformerLayerSubmodules(
-        pre_mlp_layernorm=RMSNorm, mlp=partial(MoE, submodules=mlp), mlp_bda=get_bias_dropout_add
+        pre_mlp_layernorm=LayerNorm, mlp=partial(MoE, submodules=mlp), mlp_bda=get_bias_dropout_add
     )
     mtp_layer = MultiTokenPredictionLayerSubmodules(enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear)
     return ModuleSpec(

@@ -1,6 +1,7 @@
 """The same laws on NVIDIA cards. `pytest tests/gpu` on a machine that has them; elsewhere every test here says what it needs."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -46,11 +47,11 @@ def test_grouped_products_equal_a_loop_over_experts(counts):
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("lengths", [[512], [1, 300, 2, 129, 80], [64] * 9])
-def test_cudnn_attention_equals_one_call_a_document(lengths, monkeypatch):
+def test_cudnn_attention_equals_one_call_a_document(lengths):
     """bf16 value and gradients of nvidia-cudnn-frontend on packed rows against torch's attention in fp32, one document at a time."""
     from glm45_tune.mcore.layers import attention
 
-    if attention._cudnn_attention() is None:
+    if not attention.has_cudnn_attention():
         pytest.skip("needs nvidia-cudnn-frontend")
     generator = torch.Generator("cuda").manual_seed(0)
     row = attention.PackedRow([0, *torch.tensor(lengths).cumsum(0).tolist()], torch.device("cuda"))
@@ -67,7 +68,7 @@ def test_cudnn_attention_equals_one_call_a_document(lengths, monkeypatch):
         assert (ours.float() - plain).norm() <= 1e-2 * plain.norm()
 
 
-def _gradients(model, dtype):
+def _gradients(model, dtype, seed=3):
     """Of the embedding, a router, an expert stack and an attention output under one packed row; by our names and HF's."""
     import transformers
 
@@ -83,7 +84,7 @@ def _gradients(model, dtype):
     load_weights(ours, source)
     ours.cuda().train()
     theirs = transformers.Glm4MoeForCausalLM.from_pretrained(model, dtype=dtype).cuda().train()
-    tokens = torch.randint(0, source.spec.vocab_size, (200,), generator=torch.Generator().manual_seed(3)).cuda()
+    tokens = torch.randint(0, source.spec.vocab_size, (200,), generator=torch.Generator().manual_seed(seed)).cuda()
     bounds, total = [0, 70, 71, 200], 0.0
     positions = torch.cat([torch.arange(last - first) for first, last in zip(bounds, bounds[1:])]).cuda()
     losses = ours(tokens, positions, bounds, tokens.roll(-1)[None])[0]
@@ -109,16 +110,19 @@ def _gradients(model, dtype):
 
 @pytest.mark.gpu(1)
 def test_fast_path_gradients_equal_transformers(checkpoints):
-    """Loss and gradients of a packed row: fp32 within 1e-4 of their norm (sums in another order), bf16 no further from fp32 than
+    """Loss and gradients of packed rows against fp32 transformers: fp32 within 1e-5 of their norm in most rows, bf16 no further
 
-    1.5 times transformers' own bf16: a token whose experts a rounding changes weighs in both.
+    than 1.2 times transformers' own bf16 over all rows: in some rows a rounding, of fp32 even, changes a token's experts.
     """
-    ours, exact = _gradients(checkpoints["air"], torch.float32)
-    for a, b in zip(ours, exact):
-        assert (a - b).norm() <= 1e-4 * b.norm()
-    ours, theirs = _gradients(checkpoints["air"], torch.bfloat16)
-    for a, b, reference in zip(ours, theirs, exact):
-        assert (a.float() - reference).norm() <= 1.5 * (b.float() - reference).norm() + 1e-3 * reference.norm()
+    exactness, our_error, their_error = [], 0.0, 0.0
+    for seed in range(8):
+        ours, exact = _gradients(checkpoints["air"], torch.float32, seed)
+        exactness.append(max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact)))
+        ours, theirs = _gradients(checkpoints["air"], torch.bfloat16, seed)
+        our_error += sum((a.float() - reference).norm() / reference.norm() for a, reference in zip(ours, exact))
+        their_error += sum((b.float() - reference).norm() / reference.norm() for b, reference in zip(theirs, exact))
+    assert statistics.median(exactness) <= 1e-5
+    assert our_error <= 1.2 * their_error
 
 
 def _case(name, sizes, checkpoints, corpus, make_recipe, output, dtype, lora):

@@ -6,6 +6,7 @@ Shapes: T tokens of a row (all documents), H query heads and G key/value heads o
 import functools
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -63,30 +64,45 @@ def split_heads(mixed_TGXD: torch.Tensor, table: torch.Tensor | None):
     return (query, key, value) if table is None else (rotate(query, table), rotate(key, table), value)
 
 
+class _CudnnAttention(torch.autograd.Function):
+    """nvidia-cudnn-frontend's attention over a packed row. Keeps query, key, value, output and a number a query."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, row: "PackedRow"):
+        scale = query.shape[-1] ** -0.5
+        output, lse = torch.ops.cudnn.sdpa_fwd(query, key, value, scale, is_causal=True, return_lse=True, **row.cudnn)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.row = row
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, output, lse = ctx.saved_tensors
+        row, scale = ctx.row, query.shape[-1] ** -0.5
+        # the backward wants these numbers by document
+        padded = lse.new_zeros(row.cudnn["cu_seqlens_q"].shape[0] - 1, row.cudnn["max_seqlen_q"], query.shape[1])
+        padded[row.document, row.place] = lse.squeeze(2)
+        gradients = torch.ops.cudnn.sdpa_bwd(
+            gradient.contiguous(), query, key, value, output, padded.transpose(1, 2).contiguous(), scale, is_causal=True,
+            is_deterministic=torch.are_deterministic_algorithms_enabled(), **row.cudnn,
+        )  # fmt: skip
+        return *gradients, None
+
+
 @functools.cache
-def _cudnn_attention():
-    """nvidia-cudnn-frontend's attention over packed rows, or None where it is not installed."""
+def has_cudnn_attention() -> bool:
+    """Whether nvidia-cudnn-frontend is installed; looking registers its operators."""
     try:
-        from cudnn.sdpa.fwd.torch_op import sdpa
+        import cudnn.sdpa.fwd.torch_op  # noqa: F401
     except ImportError:
-        return None
-    return sdpa
+        return False
+    return True
 
 
 def packed_attention(query_THD, key_TGD, value_TGD, row: "PackedRow") -> torch.Tensor:
     """Causal attention inside each document of the row. Returns [T, H, D]."""
-    if query_THD.is_cuda and query_THD.dtype == torch.bfloat16 and _cudnn_attention() is not None:
-        return _cudnn_attention()(
-            query_THD,
-            key_TGD,
-            value_TGD,
-            is_causal=True,
-            cu_seqlens_q=row.padded_edges,
-            cu_seqlens_kv=row.padded_edges,
-            max_seqlen_q=row.padded_longest,
-            max_seqlen_kv=row.padded_longest,
-            return_lse=True,
-        )[0]
+    if query_THD.is_cuda and query_THD.dtype == torch.bfloat16 and has_cudnn_attention():
+        return _CudnnAttention.apply(query_THD, key_TGD, value_TGD, row)
     outputs = []
     with sdpa_kernel(
         [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -157,17 +173,33 @@ class PackedRow(PackedSeqParams):
     """megatron's packed parameters with the document edges on the host too, so that no layer waits for the device."""
 
     def __init__(self, bounds: list[int], device: torch.device):
-        longest = max(last - first for first, last in zip(bounds, bounds[1:]))
-        # cuDNN plans an attention for each number of documents and longest length: rounded up they are few
-        documents = _power_of_two(len(bounds) - 1)
-        padded = bounds + [bounds[-1]] * (documents + 1 - len(bounds))
-        self.padded_edges = torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True)
-        self.padded_longest = max(_power_of_two(longest), 128)
-        edges = self.padded_edges[: len(bounds)]
+        edges = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        longest = int(np.diff(bounds).max())
         super().__init__(
             qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest
         )
         self.bounds = bounds
+
+    @functools.cached_property
+    def cudnn(self) -> dict:
+        """How cuDNN is told of the documents. It plans for each number of them and longest length: rounded up they are few."""
+        documents = _power_of_two(len(self.bounds) - 1)
+        padded = self.bounds + [self.bounds[-1]] * (documents + 1 - len(self.bounds))
+        edges = torch.tensor(padded, dtype=torch.int32).to(self.cu_seqlens_q.device, non_blocking=True)
+        longest = max(_power_of_two(self.max_seqlen_q), 128)
+        return dict(cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+    @functools.cached_property
+    def document(self) -> torch.Tensor:
+        """int64 [T]: the document of each token."""
+        lengths = np.diff(self.bounds)
+        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.cu_seqlens_q.device, non_blocking=True)
+
+    @functools.cached_property
+    def place(self) -> torch.Tensor:
+        """int64 [T]: the place of each token in its document."""
+        places = np.concatenate([np.arange(length) for length in np.diff(self.bounds)])
+        return torch.from_numpy(places).to(self.cu_seqlens_q.device, non_blocking=True)
 
 
 def _power_of_two(at_least: int) -> int:

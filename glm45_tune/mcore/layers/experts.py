@@ -49,12 +49,12 @@ def _gather(x, index):
     return x[index]
 
 
-def _sum(y, index):
+def _sum(y, index, more=None):
     if y.is_cuda:
         from glm45_tune.mcore.layers import kernels
 
-        return kernels.sum_rows(y.contiguous(), index)
-    return y[index].sum(1)
+        return kernels.sum_rows(y.contiguous(), index, None if more is None else more.contiguous())
+    return y[index].sum(1) if more is None else y[index].sum(1) + more
 
 
 class GatherRows(torch.autograd.Function):
@@ -71,16 +71,16 @@ class GatherRows(torch.autograd.Function):
 
 
 class SumRows(torch.autograd.Function):
-    """y [N, W] → [T, W], the sum of each token's rows. Backward: each row gets its token's gradient."""
+    """y [N, W], more [T, W] → [T, W], the sum of each token's rows, and more. Backward: each row gets its token's gradient."""
 
     @staticmethod
-    def forward(ctx, y, plan: Plan):
+    def forward(ctx, y, more, plan: Plan):
         ctx.plan = plan
-        return _sum(y, plan.place)
+        return _sum(y, plan.place, more)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _gather(gradient, ctx.plan.token), None
+        return _gather(gradient, ctx.plan.token), gradient, None
 
 
 def _one_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -132,14 +132,16 @@ def _lora_backward(gradient, x, kept, lora_A, lora_B, scaling, dropout, ends):
 class Experts(torch.autograd.Function):
     """Σ over a token's experts of prob · fc2(silu(gate) · up), where (gate, up) = fc1(token); either linear may carry LoRA.
 
+    What the shared experts gave is added on the way.
+
     The weight of an expert multiplies the activation, before fc2: the same product at a third of the width.
     """
 
     @staticmethod
-    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, plan: Plan, adapters):
+    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, adapters):
         """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden]; fc2 [E, hidden, F]; A1, B1, A2, B2: LoRA factors or None
 
-        ([E, r, in], [E, out, r]); adapters: (scaling, dropout) of each. Returns [T, hidden].
+        ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; adapters: (scaling, dropout) of each. Returns [T, hidden].
         """
         rows = _gather(x, plan.token)
         weights = probs.flatten()[plan.slot]
@@ -155,13 +157,14 @@ class Experts(torch.autograd.Function):
         needs_x = A1 is not None or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if needs_x else None, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept1, *kept2)
         ctx.plan, ctx.adapters = plan, adapters
-        return _sum(output, plan.place)
+        return _sum(output, plan.place, shared)
 
     @staticmethod
     def backward(ctx, gradient):
         x, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept = ctx.saved_tensors
         plan, ends = ctx.plan, ctx.plan.ends
         fc1_out = fc2_out = A1_out = B1_out = A2_out = B2_out = None
+        shared_out = gradient if ctx.needs_input_grad[8] else None
         gradient = _gather(gradient, plan.token)
         hidden_out = grouped_mm(gradient, fc2, ends)
         needs_hidden = A2 is not None or ctx.needs_input_grad[3]
@@ -183,7 +186,8 @@ class Experts(torch.autograd.Function):
                 x_out.add_(more)
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, ends)
-        return _sum(x_out, plan.place), weights_out[plan.place], fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, None, None
+        x_out, probs_out = _sum(x_out, plan.place), weights_out[plan.place]
+        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
@@ -251,7 +255,6 @@ class GroupedExperts(MegatronModule):
 
     def __init__(self, num_local_experts, config, pg_collection=None, name=None):
         super().__init__(config)
-        self.num_local_experts = num_local_experts
         etp = pg_collection.expt_tp.size()
         width = config.moe_ffn_hidden_size // etp
         self.linear_fc1 = GroupedLinear(
@@ -261,13 +264,12 @@ class GroupedExperts(MegatronModule):
             num_local_experts, width, config.hidden_size, config, config.output_layer_init_method, cut_dim=2
         )
 
-    def forward(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden], probs fp32 [T, K], experts int [T, K] counted from this rank's first → [T, hidden], their weighted sum."""
+    def forward(self, x: torch.Tensor, probs: torch.Tensor, plan: Plan, shared: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, hidden], probs fp32 [T, K], plan over this rank's experts → [T, hidden], their weighted sum plus shared."""
         (A1, B1), adapter1 = self.linear_fc1.factors()
         (A2, B2), adapter2 = self.linear_fc2.factors()
-        plan = plan_rows(experts, self.num_local_experts)
         fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
-        return Experts.apply(x, probs, fc1, fc2, A1, B1, A2, B2, plan, (adapter1, adapter2))
+        return Experts.apply(x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan, (adapter1, adapter2))
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = {}

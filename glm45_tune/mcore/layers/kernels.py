@@ -30,21 +30,69 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _sum(y, index, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(y, index, more, out, width, K: tl.constexpr, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_MORE:
+        total += tl.load(more + row * width + column, mask=column < width, other=0.0).to(tl.float32)
     for place in tl.static_range(K):
         source = tl.load(index + row * K + place).to(tl.int64)
         total += tl.load(y + source * width + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
-def sum_rows(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """y [N, W] contiguous, index int [T, K] → y[index].sum(1), [T, W], summed in fp32."""
+def sum_rows(y: torch.Tensor, index: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
+    """y [N, W] and more [T, W] or None, contiguous; index int [T, K] → y[index].sum(1) + more, [T, W], summed in fp32."""
     out = y.new_empty(index.shape[0], y.shape[1])
     if out.numel():
-        _sum[(out.shape[0], triton.cdiv(y.shape[1], WIDTH))](y, index, out, y.shape[1], K=index.shape[1], BLOCK=WIDTH)
+        grid = (out.shape[0], triton.cdiv(y.shape[1], WIDTH))
+        _sum[grid](y, index, more, out, y.shape[1], K=index.shape[1], HAS_MORE=more is not None, BLOCK=WIDTH)
+    return out
+
+
+@triton.jit
+def _norm(x, weight, out, scale, eps, width: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    tl.store(scale + row, factor)
+    values *= factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, W] contiguous → (x / rms(x) · weight in x's dtype, 1 / rms(x) fp32 [T])."""
+    out, scale = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    _norm[(x.shape[0],)](x, weight, out, scale, eps, width=x.shape[1], BLOCK=block, num_warps=8)
+    return out, scale
+
+
+@triton.jit
+def _norm_backward(gradient, more, x, weight, scale, out, width: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * width + column
+    factor = tl.load(scale + row)
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * factor
+    upstream = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    upstream *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    total = (upstream - values * (tl.sum(upstream * values, 0) / width)) * factor
+    total += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_backward(
+    gradient: torch.Tensor, more: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of x through the norm, plus more; all [T, W] contiguous but weight [W] and scale fp32 [T]."""
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _norm_backward[(x.shape[0],)](gradient, more, x, weight, scale, out, width=x.shape[1], BLOCK=block, num_warps=8)
     return out
 
 

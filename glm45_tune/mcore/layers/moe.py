@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
 
 from glm45_tune.mcore.layers.experts import GatherRows, GroupedExperts, SumRows, plan_rows
 from glm45_tune.mcore.layers.router import Router
@@ -68,12 +68,12 @@ class _Arrive(torch.autograd.Function):
         return gradient, None  # a placeholder of the right shape: `_Depart` takes what lands
 
 
-class MoE(BaseMoELayer):
+class MoE(MoELayer):
     """In megatron's place for `mlp` of a MoE layer, with its parameter names."""
 
     def __init__(self, config, pg_collection, is_mtp_layer=False, name=None, *, submodules: MLPSubmodules):
         """submodules: the shared experts' linears."""
-        super().__init__(config, None, pg_collection, is_mtp_layer)
+        BaseMoELayer.__init__(self, config, None, pg_collection, is_mtp_layer)  # not MoELayer's, which builds a dispatcher
         self.router = Router(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.experts = GroupedExperts(self.num_local_experts, config, pg_collection)
         self.shared_experts = SharedExperts(config, submodules, gate=False, pg_collection=pg_collection)
@@ -89,11 +89,12 @@ class MoE(BaseMoELayer):
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         probs, experts = self.router(hidden)
         x = hidden.flatten(0, 1)
-        if self.ep_group.size() == 1:
-            shared = self.shared_experts.project(self.shared_experts.activate(hidden))
-            return self._on_this_rank(x, probs, experts).view_as(hidden) + shared
         plan = plan_rows(experts, self.config.num_moe_experts)
         counts = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
+        self.router.count(counts)
+        if self.ep_group.size() == 1 and self.etp_group.size() == 1:
+            shared = self.shared_experts.project(self.shared_experts.activate(hidden))
+            return self.experts(x, probs, plan, shared.flatten(0, 1)).view_as(hidden)
         send, arriving = self._sizes(counts)
         transfer = Transfer(self.ep_group, send, arriving.sum(1).tolist())
         rows = _Depart.apply(GatherRows.apply(x, plan), transfer)
@@ -105,7 +106,7 @@ class MoE(BaseMoELayer):
         back = Transfer(self.ep_group, transfer.receive, transfer.send)
         rows = _Depart.apply(rows, back)
         shared = self.shared_experts.project(activated)
-        return SumRows.apply(_Arrive.apply(rows, back), plan).view_as(hidden) + shared
+        return SumRows.apply(_Arrive.apply(rows, back), shared.flatten(0, 1), plan).view_as(hidden)
 
     def _sizes(self, counts: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """counts: rows for every expert → how many go to each rank, and on the host [ranks, E]: what each rank sends to ours."""
@@ -120,16 +121,16 @@ class MoE(BaseMoELayer):
         return _Arrive.apply(_Depart.apply(rows, other), other)
 
     def _on_this_rank(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """The experts here. Expert tensor ranks each hold a slice of every expert: they pool tokens and share out the sum."""
+        """The experts here, one a row. Expert tensor ranks each hold a slice of every expert: they pool rows and share out sums."""
         etp = self.etp_group
         if etp.size() == 1:
-            return self.experts(x, probs, experts)
-        sizes = [torch.zeros_like(s) for s in etp.size() * [torch.tensor([x.shape[0]], device=x.device)]]
-        dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device), group=etp)
+            return self.experts(x, probs, plan_rows(experts, self.num_local_experts))
+        own = torch.tensor([x.shape[0]], device=x.device)
+        sizes = [torch.zeros_like(own) for _ in range(etp.size())]
+        dist.all_gather(sizes, own, group=etp)
         splits = torch.cat(sizes).tolist()
         x, probs, experts = (
             gather_from_sequence_parallel_region(t, group=etp, output_split_sizes=splits) for t in (x, probs, experts)
         )
-        return reduce_scatter_to_sequence_parallel_region(
-            self.experts(x, probs, experts), group=etp, input_split_sizes=splits
-        )
+        output = self.experts(x, probs, plan_rows(experts, self.num_local_experts))
+        return reduce_scatter_to_sequence_parallel_region(output, group=etp, input_split_sizes=splits)

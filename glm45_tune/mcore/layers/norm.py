@@ -21,3 +21,36 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """x → (its norm, x): in the backward the gradient that went round the layer is added in the same pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        from glm45_tune.mcore.layers import kernels
+
+        out, scale = kernels.norm(x.flatten(0, -2), weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return out.view_as(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient, around):
+        from glm45_tune.mcore.layers import kernels
+
+        x, weight, scale = ctx.saved_tensors
+        gradient, flat = gradient.contiguous().flatten(0, -2), x.flatten(0, -2)
+        x_out = kernels.norm_backward(gradient, around.contiguous(), flat, weight, scale).view_as(x)
+        weight_out = None
+        if ctx.needs_input_grad[1]:
+            weight_out = (gradient * (flat * scale.unsqueeze(1))).sum(0, dtype=torch.float32).to(weight.dtype)
+        return x_out, weight_out, None
+
+
+class LayerNorm(RMSNorm):
+    """The norm before a layer: gives (norm, residual), as megatron's layers accept it."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.is_cuda and torch.is_grad_enabled():
+            return _Norm.apply(x.contiguous(), self.weight, self.eps)
+        return super().forward(x), x

@@ -53,7 +53,9 @@ class Router(TopKRouter):
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
             probs = self._apply_aux_loss(probs, scores, chosen)
-        if torch.is_grad_enabled():  # neither evaluation nor the first pass of recompute
-            every = torch.arange(config.num_moe_experts, device=experts.device)
-            self.local_tokens_per_expert += (experts.detach().flatten().unsqueeze(1) == every).sum(0)
         return probs, experts
+
+    def count(self, rows: torch.Tensor) -> None:
+        """Add a micro batch's rows for every expert, int [E], to what balancing and the expert load go by."""
+        if torch.is_grad_enabled():  # neither in evaluation nor in the first pass of recompute
+            self.local_tokens_per_expert += rows

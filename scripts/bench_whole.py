@@ -1,0 +1,174 @@
+"""Tokens per second of the whole GLM-4.5-Air under LoRA, optimizer included, random weights made on the GPUs:
+
+    torchrun --nproc-per-node 2 scripts/bench_whole.py [--row packed|one] [--tokens 8192] [--recompute-layers 26] [-r 32]
+
+Expert parallel over all ranks. Every rank trains `--rows` rows of `--tokens` a step: documents of log-normal lengths, or one
+document. `--like tiny` runs the same on CPU ranks. `--profile` also prints where one step's GPU time goes.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from bench_models import AIR, positions_of
+from bench_step import documents
+
+from glm45_tune.conversion.names import hf_shapes
+from glm45_tune.conversion.tensors import ALL
+from glm45_tune.data.batch import Batch
+from glm45_tune.layout import Layout
+from glm45_tune.mcore import runtime
+from glm45_tune.mcore.step import Trainer
+from glm45_tune.recipe import Recipe
+
+TINY = dataclasses.replace(
+    AIR,
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    moe_ffn_hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    num_moe_experts=8,
+    moe_router_topk=2,
+    vocab_size=512,
+)
+
+
+class RandomWeights:
+    """A model that exists nowhere: every read is drawn on this rank's device."""
+
+    path = Path("random")
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.shapes = hf_shapes(spec)
+        self.names = list(self.shapes)
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def dtype(self, name):
+        return torch.bfloat16
+
+    def read(self, name, first=0, last=None, columns=ALL):
+        rows, *rest = self.shapes[name]
+        if rest:
+            rest = [len(range(*columns.indices(rest[0])))]
+        size = ((rows if last is None else last) - first, *rest)
+        return torch.empty(size, dtype=torch.bfloat16, device=runtime.device()).normal_(float("norm" in name), 0.02)
+
+
+def row_of(tokens: int, packed: bool, vocab_size: int, seed: int) -> Batch:
+    ids = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
+    bounds = documents(tokens, packed)
+    weights = torch.ones(1, tokens)
+    weights[0, [edge - 1 for edge in bounds[1:]]] = 0.0
+    return Batch(ids, positions_of(bounds, "cpu"), bounds, ids.roll(-1)[None], weights)
+
+
+def teraflop(spec, bounds: list[int]) -> float:
+    """Of a row, forward and backward under LoRA: 4 · active parameters · tokens, and causal attention at 3.5 times its forward."""
+    head = spec.num_attention_heads * spec.kv_channels
+    attention = spec.hidden_size * (2 * head + 2 * spec.num_query_groups * spec.kv_channels)
+    experts = 3 * spec.hidden_size * spec.moe_ffn_hidden_size * (spec.moe_router_topk + spec.num_shared_experts)
+    dense = 3 * spec.hidden_size * spec.ffn_hidden_size
+    moe_layers = spec.num_layers - spec.num_dense_layers
+    active = spec.num_layers * attention + spec.num_dense_layers * dense + moe_layers * experts
+    active += spec.hidden_size * spec.vocab_size
+    pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
+    return (4 * active * bounds[-1] + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
+
+
+def profile(step) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) / 1e3
+    nccl = sum(e.self_device_time_total for e in events if "nccl" in e.key.lower()) / 1e3
+    print(f"GPU time of all kernels {total:.0f} ms, of it NCCL's {nccl:.0f} ms (waiting and overlapped time included)")
+    for event in events[:25]:
+        print(f"  {event.self_device_time_total / 1e3:8.1f} ms, {event.count:5d} calls: {event.key[:100]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--like", default="air", choices=["air", "tiny"])
+    parser.add_argument("--row", default="packed", choices=["packed", "one"])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=1, help="rows a rank and step")
+    parser.add_argument("--recompute-layers", type=int, default=0, help="the first layers, wholly")
+    parser.add_argument("-r", type=int, default=32)
+    parser.add_argument("--targets", default="linear_qkv,linear_proj", help="or all-linear")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    spec = {"air": AIR, "tiny": TINY}[arguments.like]
+    targets = arguments.targets if arguments.targets == "all-linear" else arguments.targets.split(",")
+    runtime.start(Layout())
+    ranks = dist.get_world_size()
+    train = {"micro_batch_size": 1, "global_batch_size": ranks * arguments.rows, "steps": 10}
+    if arguments.recompute_layers:
+        train |= {"recompute_granularity": "full", "recompute_method": "block"}
+        train |= {"recompute_num_layers": arguments.recompute_layers}
+    recipe = Recipe.from_dict(
+        {
+            "model": {"path": "random", "params_dtype": "bf16"},
+            "data": {"train": "none.jsonl", "seq_length": arguments.tokens},
+            "lora": {"r": arguments.r, "lora_alpha": 2 * arguments.r, "target_modules": targets},
+            "parallel": {"expert_model_parallel_size": ranks},
+            "train": train,
+            "output_dir": "none",
+        }
+    )
+    layout = Layout(expert_model_parallel_size=ranks, world_size=ranks)
+    runtime.start(layout)
+    begin = time.perf_counter()
+    trainer = Trainer(recipe, layout, RandomWeights(spec))
+    built = time.perf_counter() - begin
+    seed = dist.get_rank() * arguments.rows
+    batches = [row_of(arguments.tokens, arguments.row == "packed", spec.vocab_size, seed + n) for n in range(arguments.rows)]
+    weight = sum(batch.weights.sum().item() for batch in batches) * ranks
+
+    def step():
+        return trainer.train(batches, arguments.rows, [weight], lr=1e-4)
+
+    times = []
+    for number in range(arguments.steps + 2):
+        dist.barrier()
+        begin = time.perf_counter()
+        result = step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= 2:
+            times.append(time.perf_counter() - begin)
+    if dist.get_rank() == 0:
+        seconds = statistics.median(times)
+        tokens = arguments.tokens * arguments.rows
+        work = sum(teraflop(spec, batch.bounds) for batch in batches)
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
+        print(f"{arguments.like}, {ranks} × {card}, EP {ranks}, {arguments}, built in {built:.0f} s")
+        print(
+            f"{seconds:.3f} s a step, {tokens / seconds:,.0f} tokens/s/GPU, {work / seconds:.0f} TFLOP/s/GPU "
+            f"({work / seconds / 989:.0%} of 989), peak {peak:.1f} GiB, loss {result.losses[0]:.4f}, "
+            f"steps {np.round(times, 3).tolist()}",
+            flush=True,
+        )
+        if arguments.profile:
+            profile(step)
+    elif arguments.profile:
+        step()
+    dist.barrier()
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
