@@ -192,8 +192,9 @@ class TrainConfig(_Section):
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""
     recompute_num_layers: Positive = 1
-    recompute_modules: list[Literal["core_attn", "mlp", "moe"]] = ["core_attn"]
-    """Of selective: what is computed again in backward."""
+    recompute_modules: list[Literal["core_attn", "attention", "mlp", "moe"]] | None = None
+    """Of selective (null: core_attn): what is computed again in backward, attention being the whole half of a layer around
+    core_attn. Of full with block: the same in the layers that are not recomputed whole."""
 
     @model_validator(mode="after")
     def _one_length(self):

@@ -105,6 +105,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=1, help="rows a rank and step")
     parser.add_argument("--recompute-layers", type=int, default=0, help="the first layers, wholly")
+    parser.add_argument(
+        "--rest", nargs="*", default=[], help="recompute_modules of the other layers: attention, moe, core_attn"
+    )
     parser.add_argument("-r", type=int, default=32)
     parser.add_argument("--targets", default="linear_qkv,linear_proj", help="or all-linear")
     parser.add_argument("--steps", type=int, default=5)
@@ -117,7 +120,7 @@ def main() -> None:
     train = {"micro_batch_size": 1, "global_batch_size": ranks * arguments.rows, "steps": 10}
     if arguments.recompute_layers:
         train |= {"recompute_granularity": "full", "recompute_method": "block"}
-        train |= {"recompute_num_layers": arguments.recompute_layers}
+        train |= {"recompute_num_layers": arguments.recompute_layers, "recompute_modules": arguments.rest}
     recipe = Recipe.from_dict(
         {
             "model": {"path": "random", "params_dtype": "bf16"},
@@ -162,6 +165,9 @@ def main() -> None:
             f"steps {np.round(times, 3).tolist()}",
             flush=True,
         )
+        if torch.cuda.is_available():
+            free, whole = torch.cuda.mem_get_info()
+            print(f"on the card {(whole - free) / 2**30:.1f} GiB, of them torch's {torch.cuda.memory_reserved() / 2**30:.1f}")
         if arguments.profile:
             profile(step)
     elif arguments.profile:

@@ -13,7 +13,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import checkpoint, gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -56,9 +56,9 @@ class ModelOptions:
 
 def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -> TransformerConfig:
     """megatron's configuration of this model under this layout. One GPT layer is two hybrid layers."""
-    selective = options.recompute_granularity == "selective"
+    selective = bool(options.recompute_modules)
     grouped = spec.moe_router_num_groups > 1
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=2 * spec.num_layers,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_hidden_size,
@@ -100,26 +100,47 @@ def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         variable_seq_lengths=True,
         recompute_granularity="selective" if selective else None,
-        recompute_modules=options.recompute_modules if selective else None,
+        recompute_modules=[name for name in options.recompute_modules if name != "attention"] if selective else None,
         perform_initialization=False,  # every weight comes from a checkpoint
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
     )
+    config.recompute_modules = options.recompute_modules  # megatron knows no `attention`
+    return config
+
+
+class AttentionLayer(TransformerLayer):
+    """The attention half of a layer: norm, attention, residual. Computed again as a whole where `recompute_modules` has it."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.recompute = "attention" in (config.recompute_modules or [])
+
+    def forward(self, hidden_states, **others):
+        if not (self.recompute and self.training):
+            return super().forward(hidden_states=hidden_states, **others)
+        half = super().forward
+        return checkpoint(lambda hidden: half(hidden_states=hidden, **others)[0], False, hidden_states), None
 
 
 class Stack(HybridStack):
     """The decoder: HybridStack with our final norm, and full recompute counted in whole (attention + MLP) layers."""
 
     def __init__(self, config, *args, recompute_method=None, recompute_num_layers=None, **kwargs):
-        if recompute_method is not None:
-            config = copy.copy(config)
-            config.recompute_granularity = "full"
-            config.recompute_method = recompute_method
-            config.recompute_num_layers = 2 * recompute_num_layers
         super().__init__(config, *args, post_layer_norm=False, **kwargs)
         if self.post_process:
             self.post_layer_norm = True  # HybridStack's own needs Transformer Engine
             self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        if recompute_method is not None:
+            self.config = copy.copy(config)
+            self.config.recompute_granularity = "full"
+            self.config.recompute_method = recompute_method
+            self.config.recompute_num_layers = 2 * recompute_num_layers
+            whole = len(self.layers) if recompute_method == "uniform" else 2 * recompute_num_layers
+            for module in torch.nn.ModuleList(list(self.layers)[:whole]).modules():
+                for part in ("recompute", "recompute_mlp"):  # once with the whole layer is enough
+                    if hasattr(module, part):
+                        setattr(module, part, False)
 
 
 def layer_specs(options: ModelOptions) -> ModuleSpec:
@@ -147,7 +168,7 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
         if options.recompute_granularity == "full"
         else {},
         submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention_layer),
+            attention_layer=ModuleSpec(module=AttentionLayer, submodules=attention_layer),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp_layer),
             moe_layer=ModuleSpec(module=TransformerLayer, submodules=moe_layer),
             mtp_block_spec=ModuleSpec(

@@ -46,7 +46,29 @@ def start(layout: Layout, seed: int = 1234) -> None:
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
+    if torch.cuda.is_available():
+        _open_groups()
     seed_all(seed)
+
+
+def _open_groups() -> None:
+    """Speak once in every group. NCCL takes device memory of its own when a group first speaks, which is too late in the middle
+
+    of a step that has filled the card.
+    """
+    spoken = torch.zeros(dist.get_world_size(), device=device())
+    for group in {
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_expert_data_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_expert_tensor_parallel_group(),
+    }:
+        dist.all_reduce(spoken, group=group)
+    ranks = parallel_state.get_expert_model_parallel_world_size()
+    sent = torch.zeros(ranks, device=device())
+    dist.all_to_all_single(torch.empty_like(sent), sent, group=parallel_state.get_expert_model_parallel_group())
 
 
 def seed_all(seed: int) -> None:

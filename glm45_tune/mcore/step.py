@@ -40,14 +40,15 @@ class StepResult:
 
 def model_options(recipe: Recipe) -> ModelOptions:
     train = recipe.train
-    full, selective = train.recompute_granularity == "full", train.recompute_granularity == "selective"
+    full = train.recompute_granularity == "full"
+    default = ["core_attn"] if train.recompute_granularity == "selective" else []
     return ModelOptions(
         params_dtype=DTYPES[recipe.model.params_dtype],
         with_mtp=recipe.model.mtp_loss_scaling_factor > 0,
         recompute_granularity=train.recompute_granularity,
         recompute_method=train.recompute_method if full else None,
         recompute_num_layers=train.recompute_num_layers if full else None,
-        recompute_modules=list(train.recompute_modules) if selective else [],
+        recompute_modules=default if train.recompute_modules is None else train.recompute_modules,
         moe_aux_loss_coeff=recipe.model.moe_aux_loss_coeff,
     )
 

@@ -168,9 +168,10 @@ def test_a_neighbour_does_not_move_a_samples_losses(checkpoints, corpus, one_ran
         {"recompute_granularity": "full"},
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
-        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe", "attention"]},
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_modules": ["attention"]},
     ],
-    ids=["uniform", "block", "selective", "moe"],
+    ids=["uniform", "block", "selective", "halves", "block-and-halves"],
 )
 def test_recompute_changes_no_gradient(checkpoints, corpus, one_rank, make_recipe, tmp_path, like, lora, recompute):
     """1e-5 relative in fp32; the gradient of a frozen model's adapters included."""

@@ -141,7 +141,7 @@ class Attention(MegatronModule):
             input_is_parallel=True,
             **common,
         )
-        self.recompute = "core_attn" in (config.recompute_modules or []) and config.recompute_granularity == "selective"
+        self.recompute = "core_attn" in (config.recompute_modules or [])
         norm = RMSNorm if config.qk_layernorm else _no_norm
         self.q_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
         self.k_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)

@@ -78,7 +78,7 @@ class MoE(MoELayer):
         self.experts = GroupedExperts(self.num_local_experts, config, pg_collection)
         self.shared_experts = SharedExperts(config, submodules, gate=False, pg_collection=pg_collection)
         self.etp_group = pg_collection.expt_tp
-        self.recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
+        self.recompute = "moe" in (config.recompute_modules or [])
 
     def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
         """[T, 1, hidden] → (same, no bias)."""
