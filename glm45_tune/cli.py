@@ -142,8 +142,8 @@ def data(
     from rich.console import Console
 
     from glm45_tune.data import report
-    from glm45_tune.data.chat import ChatRenderer, load_tokenizer
-    from glm45_tune.data.sources import load
+    from glm45_tune.data.chat import load_tokenizer
+    from glm45_tune.data.sources import RENDERERS, kind_of, load
     from glm45_tune.recipe import Recipe
 
     changes = [key if key.startswith("data.") else f"data.{key}" for key in overrides or []]
@@ -157,8 +157,9 @@ def data(
     else:
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
-    corpus = load(recipe.data.train, ChatRenderer(tokenizer, recipe.data), recipe.train.seed)
-    summary = report.summarise(corpus, recipe.data, tokenizer)
+    kind = kind_of(recipe.data)
+    corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
+    summary = report.summarise(corpus, recipe.data, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
     else:

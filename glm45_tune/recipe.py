@@ -67,8 +67,8 @@ class DataConfig(_Section):
     """Share of `train` held out where `eval` is not given, chosen by the seed."""
     seq_length: Positive = 8192
     """Tokens of a packed row."""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt", "query", "text"] | None = None
-    """How rows hold conversations; null: recognised by their fields, row by row."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt", "query", "text", "preference", "rl"] | None = None
+    """How rows hold conversations, pairs (preference) or prompts (rl); null: recognised by their fields, row by row."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """A sample longer than seq_length: an error, left out, cut to its last turns, or made into several. All are counted."""
     on_bad_row: Literal["error", "skip"] = "error"

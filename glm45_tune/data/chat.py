@@ -23,12 +23,16 @@ ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assis
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """input_ids int32 [n]; loss_mask float32 [n], the weight with which each token is predicted; where it came from."""
+    """input_ids int32 [n]; loss_mask float32 [n], the weight with which each token is predicted; where it came from.
+
+    row: of an RL prompt, the row as it was read.
+    """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     source: str
     line: int
+    row: dict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,9 @@ def load_tokenizer(directory: str | Path):
 
 class ChatRenderer:
     """Renders rows for training, as `options` (the recipe's data section) say."""
+
+    kind = "sft"  # what its rows are for
+    per_row = 1  # samples that belong together: a pair's two
 
     def __init__(self, tokenizer, options: DataConfig):
         self.tokenizer, self.options = tokenizer, options
@@ -88,24 +95,31 @@ class ChatRenderer:
     def render(self, row: dict, source: str, line: int) -> Rendering:
         """Raises DataError naming `source` and `line` when the row cannot be rendered or would train nothing."""
         try:
-            row = canonical(row, self.options.format)
-            found = [self._document(row["text"])] if "text" in row else self._conversations(row)
-            samples, counts = self._fitted(found)
+            tokens, counts = self._tokens(canonical(row, self.options.format, self.kind))
         except DataError as error:
             located = DataError(f"{source}:{line}: {error}")
             located.field = error.field
             raise located from None
-        return Rendering([Sample(tokens.ids, tokens.mask, source, line) for tokens in samples], counts)
+        kept = row if self.kind == "rl" else None
+        return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
+
+    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
+        """What becomes of a row in canonical form, each piece within data.seq_length, and what was cut, by reason."""
+        found = [self._document(row["text"])] if "text" in row else self._conversations(row)
+        return self._fitted(found)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.options.seq_length and self.options.overlong == "error":
+            raise DataError(
+                f"{length} tokens exceed data.seq_length {self.options.seq_length}. Raise it, shorten the row, or say with "
+                "data.overlong what should become of it"
+            )
 
     def _fitted(self, found: list[Tokens]) -> tuple[list[Tokens], Counter]:
         limit, policy = self.options.seq_length, self.options.overlong
         kept, counts = [], Counter()
         for tokens in found:
-            if len(tokens.ids) > limit and policy == "error":
-                raise DataError(
-                    f"{len(tokens.ids)} tokens exceed data.seq_length {limit}. Raise it, shorten the row, or say with "
-                    "data.overlong what should become of it"
-                )
+            self._check_length(len(tokens.ids))
             pieces = fit(tokens, limit, policy)
             trained = [piece for piece in pieces if piece.mask.any()]
             if len(tokens.ids) > limit:
@@ -126,10 +140,7 @@ class ChatRenderer:
 
     def _conversations(self, row: dict) -> list[Tokens]:
         """The row's conversation; with `turns: expand` one for each assistant turn, ending with it."""
-        messages, tools = check_messages(row), check_tools(row)
-        thinking = row.get("enable_thinking", self.options.enable_thinking)
-        if thinking is not None and not isinstance(thinking, bool):
-            raise DataError(f"is {thinking!r}; allowed: true, false or absent", "enable_thinking")
+        messages, tools, thinking = check_messages(row), check_tools(row), self._thinking(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.options.turns == "all":
             return [self._conversation(messages, tools, thinking, set(answers))]
@@ -140,36 +151,57 @@ class ChatRenderer:
             self._conversation(messages, tools, thinking, set())
         ]
 
-    def _conversation(self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]) -> Tokens:
-        """trained: which messages' weights count."""
+    def _thinking(self, row: dict) -> bool | None:
+        thinking = row.get("enable_thinking", self.options.enable_thinking)
+        if thinking is not None and not isinstance(thinking, bool):
+            raise DataError(f"is {thinking!r}; allowed: true, false or absent", "enable_thinking")
+        return thinking
+
+    def _templated(self, messages: list[dict], tools: list | None, thinking: bool | None, prompt: bool = False) -> str:
+        """The conversation by the checkpoint's template; `prompt`: with what asks for an answer behind it."""
         options = {} if thinking is None else {"enable_thinking": thinking}
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+        def apply(**more) -> str:
+            return self.tokenizer.apply_chat_template(
+                plain, tools=tools, tokenize=False, add_generation_prompt=prompt, **options, **more
+            )
+
         try:
-            text = self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options)
-            if self.options.history_thinking == "keep":
-                options["clear_thinking"] = False  # the templates that can keep thoughts call it so
-                dropping, text = text, self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, **options)
-                if text == dropping and _has_history_thoughts(messages):
-                    raise DataError(
-                        "this checkpoint's chat template drops the thoughts of earlier turns: history_thinking keep cannot be had"
-                    )
+            if self.options.history_thinking == "template":
+                return apply()
+            text = apply(clear_thinking=False)  # the templates that can keep thoughts call it so
+            if _has_history_thoughts(messages) and text == apply():
+                raise DataError(
+                    "this checkpoint's chat template drops the thoughts of earlier turns: history_thinking keep cannot be had"
+                )
+            return text
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the checkpoint's chat template refuses this conversation: {error}") from error
+
+    def _turns(self, text: str, messages: list[dict], tools: list | None, prompt: bool = False):
+        """Of a conversation's text: ids int32, the place of each role token, and the number of the message that it opens."""
         ids = np.array(self._ids(text), np.int32)
         starts = np.flatnonzero(self._opens_turn[ids]).tolist()
-        owners = [-1] * bool(tools)  # whose message each role token opens; the tool definitions have one of their own
+        owners = [-1] * bool(tools)  # the tool definitions have a role token of their own, and are no message
         owners += [
             number
             for number, message in enumerate(messages)
             # one <|observation|> opens a run of tool results
             if message["role"] != "tool" or number == 0 or messages[number - 1]["role"] != "tool"
         ]
-        roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
+        roles = ["system" if number < 0 else messages[number]["role"] for number in owners] + ["assistant"] * prompt
         if [self._kinds[int(ids[position])] for position in starts] != roles:
             raise DataError(
                 f"a message's text holds one of the control tokens {', '.join(ROLE_TOKENS.values())}, which would be read "
                 "as a turn of its own. Remove it, or write it differently"
             )
+        return ids, starts, owners
+
+    def _conversation(self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]) -> Tokens:
+        """trained: which messages' weights count."""
+        ids, starts, owners = self._turns(self._templated(messages, tools, thinking), messages, tools)
+        roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
         last = messages[-1]
         if last["role"] == "assistant":  # what the engine would stop at; it follows, so it is learned
             ids = np.append(ids, np.int32(self._role_ids["tool" if last.get("tool_calls") else "user"]))
@@ -198,13 +230,13 @@ def _has_history_thoughts(messages: list[dict]) -> bool:
     return any(message.get("reasoning_content") for message in messages[:last_user])
 
 
-def check_messages(row: dict) -> list[dict]:
+def check_messages(row: dict, field: str = "messages") -> list[dict]:
     """The row's messages as the template takes them: content a string or text parts, tool arguments an object."""
-    messages = row.get("messages")
+    messages = row.get(field)
     if not isinstance(messages, list) or not messages:
-        came = "missing" if "messages" not in row else repr(messages)[:40]
-        raise DataError(f'is {came}; a list of {{"role", "content"}} is expected', "messages")
-    return [_check_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+        came = "missing" if field not in row else repr(messages)[:40]
+        raise DataError(f'is {came}; a list of {{"role", "content"}} is expected', field)
+    return [_check_message(message, f"{field}[{number}]") for number, message in enumerate(messages)]
 
 
 def _check_message(message: object, where: str) -> dict:

@@ -1,26 +1,41 @@
 """The shapes in which people keep conversations, each turned into messages, or into plain text.
 
+One answer to learn:
 messages         {"messages": [{"role", "content", "reasoning_content", "tool_calls", "loss", "loss_scale"}], "tools"}
 sharegpt         {"conversations": [{"from", "value"}], "system", "tools"}
 alpaca           {"instruction", "input", "output", "system", "history"}
 prompt           {"prompt", "completion"}, text or messages each
 query            {"query", "response", "history", "system"}
 text             {"text"}: continued pre-training
+
+Two answers to compare:
+preference       {"chosen", "rejected"}, text or messages each, behind any of the prompts below or with the prompt in both;
+                 or any shape above with "rejected_response" (text) or "rejected_messages" (a conversation)
+
+A prompt to answer:
+rl               {"prompt"}, text or messages; or, where the format is named, "messages", "conversations", "query" or
+                 "instruction". Every other field of the row is kept for the reward
 """
 
 import json
 
 from glm45_tune.errors import DataError
 
-# a format is recognised by the field that only it has
+# a format is recognised by the fields that only it has: any of them, the first format that has one
 FORMATS = {
-    "messages": "messages",
-    "sharegpt": "conversations",
-    "alpaca": "instruction",
-    "prompt": "completion",
-    "query": "query",
-    "text": "text",
+    "preference": ("rejected", "rejected_response", "rejected_messages"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction",),
+    "prompt": ("completion",),
+    "query": ("query",),
+    "rl": ("prompt",),
+    "text": ("text",),
 }
+# what an answer follows: the first of these that a pair or an RL prompt has
+PROMPT_FIELDS = ("prompt", "messages", "conversations", "query", "instruction")
+# what a row is for, by its format; every other format is "sft": an answer to learn
+KINDS = {"preference": "preference", "rl": "rl"}
 _ALIASES = {
     "human": "user",
     "gpt": "assistant",
@@ -31,23 +46,53 @@ _ALIASES = {
 _KEPT = ("tools", "enable_thinking")
 
 
-def canonical(row: dict, form: str | None = None) -> dict:
-    """The row as {"messages": [...], …} or {"text": …}; form None recognises it. Raises DataError."""
+def format_of(row: dict) -> str | None:
+    """The format a row's fields tell, if any does."""
+    return next((name for name, fields in FORMATS.items() if any(field in row for field in fields)), None)
+
+
+def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
+    """The row as {"messages": [...], …} or {"text": …}; form None recognises it. Raises DataError, also for another kind of row.
+
+    kind "preference" gives {"messages", "rejected_messages"}, two whole conversations; "rl" messages that await an answer.
+    """
+    form = form or format_of(row)
     if form is None:
-        form = next((name for name, field in FORMATS.items() if field in row), None)
-    if form is None:
+        fields = dict.fromkeys(field for fields in FORMATS.values() for field in fields)
         raise DataError(
             f"no known format: the row has {', '.join(map(repr, row)) or 'no fields'}; a row needs one of "
-            f"{', '.join(map(repr, FORMATS.values()))}"
+            f"{', '.join(map(repr, fields))}"
         )
-    if FORMATS[form] not in row:
-        raise DataError(f"is missing, which format {form} needs", FORMATS[form])
+    if KINDS.get(form, "sft") != kind:
+        raise DataError(_OTHER_KIND[kind, KINDS.get(form, "sft")])
+    if form not in KINDS and not any(field in row for field in FORMATS[form]):
+        raise DataError(f"is missing, which format {form} needs", FORMATS[form][0])
     kept = {key: row[key] for key in _KEPT if row.get(key) is not None}
     if form == "text":
         if not isinstance(row["text"], str):
             raise DataError(f"is {type(row['text']).__name__}; a string is expected", "text")
         return {"text": row["text"]}
-    return {"messages": _READERS[form](row), **kept}
+    if form == "preference":
+        chosen, rejected = _both(row)
+        return {"messages": chosen, "rejected_messages": rejected, **kept}
+    return {"messages": _front(row) if form == "rl" else _READERS[form](row), **kept}
+
+
+# (what is wanted, what came)
+_OTHER_KIND = {
+    (
+        "sft",
+        "rl",
+    ): "is a prompt for RL, without the answer that supervised training learns: it belongs in the field completion",
+    ("sft", "preference"): "is a pair for preference tuning; supervised training learns one answer a row",
+    (
+        "preference",
+        "sft",
+    ): "has one answer; preference tuning compares two: chosen and rejected, or rejected_response beside it",
+    ("preference", "rl"): "has a prompt alone; preference tuning compares two answers: chosen and rejected",
+    ("rl", "sft"): "holds its answer; RL takes prompts: the field prompt alone, or messages with data.format rl",
+    ("rl", "preference"): "is a pair for preference tuning; RL takes prompts: the field prompt alone",
+}
 
 
 def _text(row: dict, key: str) -> str:
@@ -90,13 +135,20 @@ def _system(row: dict) -> list[dict]:
 
 
 def _sharegpt(row: dict) -> list:
-    turns = []
-    for number, turn in enumerate(_list(row, "conversations")):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise DataError('is no {"from", "value"}', f"conversations[{number}]")
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        turns.append(_with_known_role({"role": turn["from"], "content": turn["value"], **rest}))
-    return _system(row) + turns
+    turns = enumerate(_list(row, "conversations"))
+    return _system(row) + [_with_known_role(_turn(turn, f"conversations[{number}]")) for number, turn in turns]
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and "from" in value and "role" not in value
+
+
+def _turn(turn: object, where: str) -> dict:
+    """A turn as ShareGPT writes it, as a message."""
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise DataError('is no {"from", "value"}', where)
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": turn["from"], "content": turn["value"], **rest}
 
 
 def _history(row: dict) -> list[dict]:
@@ -109,21 +161,90 @@ def _history(row: dict) -> list[dict]:
 
 
 def _alpaca(row: dict) -> list:
-    question = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input"))))
-    answer = {"role": "assistant", "content": _text(row, "output")}
-    return [*_system(row), *_history(row), {"role": "user", "content": question}, answer]
+    return [*_front(row, "instruction"), {"role": "assistant", "content": _text(row, "output")}]
 
 
 def _prompt(row: dict) -> list:
-    prompt, completion = row.get("prompt"), row["completion"]
-    front = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(row, "prompt")
-    back = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else _list(row, "completion")
-    return _system(row) + [_with_known_role(message) for message in front + back]
+    return _front(row, "prompt") + _answer(row["completion"], "completion")
 
 
 def _query(row: dict) -> list:
-    answer = {"role": "assistant", "content": _text(row, "response")}
-    return [*_system(row), *_history(row), {"role": "user", "content": _text(row, "query")}, answer]
+    return [*_front(row, "query"), {"role": "assistant", "content": _text(row, "response")}]
 
 
 _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt, "query": _query}
+
+
+def _front(row: dict, field: str | None = None) -> list:
+    """What an answer is to follow: `field`, or the first of PROMPT_FIELDS there is."""
+    field = field or next((name for name in PROMPT_FIELDS if name in row), None)
+    if field == "messages":
+        return _messages(row)
+    if field == "conversations":
+        return _sharegpt(row)
+    if field == "prompt" and not isinstance(row.get("prompt"), str):
+        return _system(row) + [_with_known_role(message) for message in _list(row, "prompt")]
+    if field == "instruction":
+        question = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input"))))
+    elif field:
+        question = _text(row, field)
+    else:
+        raise DataError(f"is missing, and so are {', '.join(PROMPT_FIELDS[1:])}, which may stand in its place", "prompt")
+    return [*_system(row), *_history(row), {"role": "user", "content": question}]
+
+
+def _answer(value: object, key: str) -> list:
+    """An answer given as text, as one message, or as messages."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"is {repr(value)[:40]}; text, a message or a list of messages is expected", key)
+    return [
+        _with_known_role(_turn(message, f"{key}[{n}]") if _is_turn(message) else message) for n, message in enumerate(value)
+    ]
+
+
+def _both(row: dict) -> tuple[list, list]:
+    """The chosen and the rejected conversation of a preference row, each from its beginning."""
+    if "rejected" in row or "chosen" in row:
+        for key in ("chosen", "rejected"):
+            if row.get(key) is None:
+                raise DataError("is missing; a preference row has chosen and rejected", key)
+        chosen, rejected = (_answer(row[key], key) for key in ("chosen", "rejected"))
+        if not any(key in row for key in PROMPT_FIELDS):
+            return chosen, rejected  # the prompt is the beginning that both share
+        front = _front(row)
+        return _behind(front, chosen, "chosen"), _behind(front, rejected, "rejected")
+    form = format_of({key: value for key, value in row.items() if not key.startswith("rejected_")})
+    if form not in _READERS:
+        raise DataError(
+            "needs the chosen conversation beside it: messages, conversations, query and response, …", "rejected_response"
+        )
+    chosen = _READERS[form](row)
+    front = chosen[
+        : 1 + max((n for n, message in enumerate(chosen) if _role(message) not in ("assistant", "tool")), default=-1)
+    ]
+    if "rejected_messages" in row:
+        rejected = _answer(_list(row, "rejected_messages"), "rejected_messages")
+        whole = rejected[0] == chosen[0]
+        return chosen, rejected if whole else _behind(front, rejected, "rejected_messages")
+    if not isinstance(row["rejected_response"], str):
+        raise DataError(f"is {type(row['rejected_response']).__name__}; a string is expected", "rejected_response")
+    if not chosen or _role(chosen[-1]) != "assistant":
+        raise DataError("rejects an answer, but the conversation does not end on one", "rejected_response")
+    return chosen, [*chosen[:-1], {"role": "assistant", "content": row["rejected_response"]}]
+
+
+def _role(message: object) -> object:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _behind(front: list, answer: list, key: str) -> list:
+    """The answer behind its prompt; it may repeat the prompt."""
+    if answer[: len(front)] == front:
+        return answer
+    if _role(answer[0]) not in ("assistant", "tool"):
+        raise DataError(f"begins with a {_role(answer[0])} message that is not the prompt's", key)
+    return front + answer

@@ -33,10 +33,11 @@ def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
     # whole turns from the end, as many as fit; when the last turn alone is too long, its beginning
     starts = [start for start in tokens.turns if tokens.head + len(tokens.ids) - start <= limit]
     first = starts[0] if starts else max(tokens.turns, default=tokens.head)
-    return [_cut(tokens, first, min(len(tokens.ids), first + limit - tokens.head))]
+    return [cut(tokens, first, min(len(tokens.ids), first + limit - tokens.head))]
 
 
-def _cut(tokens: Tokens, first: int, last: int) -> Tokens:
+def cut(tokens: Tokens, first: int, last: int) -> Tokens:
+    """The head and the tokens [first, last)."""
     ids, mask = (np.concatenate((x[: tokens.head], x[first:last])) for x in (tokens.ids, tokens.mask))
     return Tokens(ids, mask, tokens.head, [tokens.head])
 
@@ -50,11 +51,11 @@ def _pieces(tokens: Tokens, limit: int) -> list[Tokens]:
         if end - first <= room:
             continue
         if start > first:
-            pieces.append(_cut(tokens, first, start))
+            pieces.append(cut(tokens, first, start))
             first = start
         while end - first > room:
-            pieces.append(_cut(tokens, first, first + room))
+            pieces.append(cut(tokens, first, first + room))
             first += room
     if first < len(tokens.ids):
-        pieces.append(_cut(tokens, first, len(tokens.ids)))
+        pieces.append(cut(tokens, first, len(tokens.ids)))
     return pieces

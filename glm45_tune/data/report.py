@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glm45_tune.data.chat import Sample
+from glm45_tune.data.formats import PROMPT_FIELDS
 from glm45_tune.data.packing import pack
 from glm45_tune.data.sources import Corpus
 from glm45_tune.recipe import DataConfig
@@ -14,8 +15,8 @@ TRAINED, CONTEXT, SPECIAL = "black on green", "dim", "bold"
 _EDGES = [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
-def summarise(corpus: Corpus, options: DataConfig, tokenizer) -> dict:
-    """Numbers of a corpus, plain enough for JSON."""
+def summarise(corpus: Corpus, options: DataConfig, tokenizer, kind: str) -> dict:
+    """Numbers of a corpus of a kind, plain enough for JSON."""
     lengths = corpus.lengths
     fitting = lengths[lengths <= options.seq_length]
     packed = pack(fitting.tolist(), options.seq_length) if options.packing else [[i] for i in range(len(fitting))]
@@ -27,6 +28,7 @@ def summarise(corpus: Corpus, options: DataConfig, tokenizer) -> dict:
         trained += int((sample.loss_mask > 0).sum())
     counts = np.histogram(lengths, _EDGES)[0].tolist() if len(lengths) else []
     return {
+        "kind": kind,
         "rows": corpus.num_rows,
         "bad_rows": len(corpus.faults),
         "samples": len(corpus.samples),
@@ -51,8 +53,16 @@ def _thinks(sample: Sample, opens: int, closes: int) -> bool:
     return bool(len(at)) and bool((sample.input_ids[np.minimum(at + 1, len(sample.input_ids) - 1)] != closes).any())
 
 
+def _first(corpus: Corpus, kind: str, count: int) -> list[tuple[Sample, dict]]:
+    """The first `count` samples (of preference: pairs) and what only samples of their kind have."""
+    if kind == "preference":
+        sides = ("chosen", "rejected")
+        return [(sample, {"answer": sides[n % 2]}) for n, sample in enumerate(corpus.samples[: 2 * count])]
+    return [(sample, {"row": sample.row} if kind == "rl" else {}) for sample in corpus.samples[:count]]
+
+
 def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
-    """The machine's view: summary, the first `show` samples, every bad row."""
+    """The machine's view: summary, the first `show` samples (pairs: both answers), every bad row."""
     return {
         "summary": summary,
         "samples": [
@@ -62,8 +72,9 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
                 "text": tokenizer.decode(sample.input_ids.tolist()),
                 "input_ids": sample.input_ids.tolist(),
                 "loss_mask": sample.loss_mask.tolist(),
+                **more,
             }
-            for sample in corpus.samples[:show]
+            for sample, more in _first(corpus, summary["kind"], show)
         ],
         "errors": [
             {"file": fault.file, "line": fault.line, "field": fault.field, "message": fault.message}
@@ -78,17 +89,22 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console)
     lengths = summary["lengths"]
     shown = {key: value for key, value in summary.items() if key != "lengths"}
     for key, value in shown.items():
-        said = f"{value:.1%}" if key.endswith(("_share", "_ratio")) else f"{value:,.10g}"
+        said = (
+            value if isinstance(value, str) else f"{value:.1%}" if key.endswith(("_share", "_ratio")) else f"{value:,.10g}"
+        )
         table.add_row(key.replace("_", " "), said)
     console.print(table)
     most = max(lengths.values(), default=1)
     for span, number in lengths.items():
         console.print(f"{span + ' tokens':>22s} {'█' * max(1, round(40 * number / most))} {number:,}", highlight=False)
-    for sample in corpus.samples[:count]:
-        console.print(
-            f"\n[bold]{sample.source}:{sample.line}[/bold]  ([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])"
-        )
+    for sample, more in _first(corpus, summary["kind"], count):
+        side = f" {more['answer']}" if "answer" in more else ""
+        legend = "" if summary["kind"] == "rl" else f"([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])"
+        console.print(f"\n[bold]{sample.source}:{sample.line}{side}[/bold]  {legend}")
         console.print(coloured(sample, tokenizer))
+        if sample.row:
+            columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
+            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False, markup=False)
     for fault in corpus.faults:
         console.print(f"[red]{fault.file}:{fault.line}:[/red] {fault.message}", highlight=False)
 

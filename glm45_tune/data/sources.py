@@ -1,10 +1,6 @@
-"""Training files, read row by row; every row has a file and a line, and every bad row is kept with its reason."""
+"""Where rows come from, and what all rows of a recipe become: samples in order, every bad row with its reason."""
 
-import csv
-import gzip
 import importlib
-import io
-import json
 import os
 import random
 import re
@@ -19,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from glm45_tune.data.chat import ChatRenderer, Sample
+from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
+from glm45_tune.data.formats import KINDS, format_of
+from glm45_tune.data.pairs import PairRenderer
+from glm45_tune.data.prompts import PromptRenderer
 from glm45_tune.data.store import StoredSamples, key_of, store, stored
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig, SourceConfig, Sources, sources_of
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_PACKED = (".gz", ".zst")
-csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,134 +65,12 @@ class Corpus:
             )
 
 
-def files_of(source: str) -> list[Path]:
-    """The files a source names: itself, or all known ones of a folder, sorted. Raises DataError."""
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in _SUFFIXES)
-        if not found:
-            raise DataError(f"{path}: no {', '.join(_SUFFIXES)} files in this folder.")
-        return found
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    if _kind(path) not in _SUFFIXES:
-        raise DataError(f"{path}: unknown kind of file; allowed: {', '.join(_SUFFIXES)}, also with {' or '.join(_PACKED)}.")
-    return [path]
-
-
-def _kind(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
-    """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
-
-    .csv has a header; of .txt the whole file is one text.
-    """
-    kind = _kind(path)
-    if kind == ".parquet":
-        yield from _parquet(path)
-        return
-    with _open(path) as file:
-        try:
-            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[kind](file)
-        except (UnicodeDecodeError, csv.Error, EOFError, OSError) as error:
-            yield 0, DataError(f"the file cannot be read on: {error}")
-
-
-def _open(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig")
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None)
-
-
-def _object(value: object) -> dict | DataError:
-    return value if isinstance(value, dict) else DataError(f"holds {type(value).__name__}; an object is expected")
-
-
-def _jsonl(file) -> Iterator:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield number, _object(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                yield number, DataError(f"not JSON: {error}")
-
-
-def _json(file) -> Iterator:
-    try:
-        document = json.load(file)
-    except (ValueError, RecursionError) as error:
-        yield 1, DataError(f"not JSON: {error}")
-        return
-    if not isinstance(document, list):
-        yield 1, DataError(f"holds {type(document).__name__}; a list of rows is expected (or one row a line, as .jsonl)")
-        return
-    for number, row in enumerate(document, start=1):
-        yield number, _object(row)
-
-
-def _csv(file) -> Iterator:
-    reader = csv.DictReader(file)
-    for row in reader:
-        if None in row:
-            yield reader.line_num, DataError("has more cells than the header: quote a cell that holds a comma")
-        else:
-            yield reader.line_num, _without_empty_cells(row)
-
-
-def _without_empty_cells(row: dict) -> dict:
-    """An empty cell is an absent field; a cell that holds a JSON list or object is one."""
-    found = {}
-    for key, value in row.items():
-        if value in (None, ""):
-            continue
-        if value[0] in "[{":
-            try:
-                value = json.loads(value)
-            except ValueError:
-                pass  # text that begins with a bracket
-        found[key] = value
-    return found
-
-
-def _txt(file) -> Iterator:
-    text = file.read()
-    if text.strip():
-        yield 1, {"text": text}
-
-
-def _parquet(path: Path) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, _without_nulls(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield 0, DataError(f"the file cannot be read on: {error}")
-
-
-def _without_nulls(value):
-    """Arrow gives every struct all fields of its type; a null one was not in the row."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 def read_source(source: str, seed: int = 0) -> Iterator[tuple[str, int, dict | DataError]]:
     """(where, line, row) of a source: a file, a folder, hf:…, ms:… or module:function; SOURCE#N takes N rows by the seed."""
-    name, _, count = source.rpartition("#")
-    if not (name and count.isdecimal()) or Path(source).exists():
+    name = _name_of(source)
+    if name == source:
         return _rows_of(source)
+    count = source.rpartition("#")[2]
     everything = list(_rows_of(name))
     if int(count) > len(everything):
         raise DataError(f"{source}: asks for {count} rows of {len(everything)}.")
@@ -215,7 +89,7 @@ def _rows_of(source: str) -> Iterator[tuple[str, int, dict | DataError]]:
 
 def _numbered(source: str, rows) -> Iterator[tuple[str, int, dict | DataError]]:
     for number, row in enumerate(rows, start=1):
-        yield source, number, _object(_without_nulls(row))
+        yield source, number, as_row(without_nulls(row))
 
 
 def _hub(source: str):
@@ -264,9 +138,9 @@ def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
 
 def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus:
     # what a hub or a function yields has no content to know it by, and is rendered anew
-    name = source.path.rpartition("#")[0] if not Path(source.path).exists() and "#" in source.path else source.path
+    name = _name_of(source.path)
     files = files_of(name) if Path(name).exists() else None
-    key = key_of(files, renderer.options, renderer.tokenizer, f"{source.path} {seed}") if files else None
+    key = key_of(files, renderer.options, renderer.tokenizer, f"{renderer.kind} {source.path} {seed}") if files else None
     found = stored(key) if key else None
     if found is None:
         num_bytes = sum(file.stat().st_size for file in files) if files else 0
@@ -274,7 +148,7 @@ def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus
     path, facts = found
     samples: Sequence[Sample] = StoredSamples(path)
     if source.weight != 1:
-        samples = Chosen(samples, _weighted(len(samples), source.weight, seed))
+        samples = Chosen(samples, _weighted(len(samples), source.weight, seed, renderer.per_row))
     return Corpus(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
 
 
@@ -329,15 +203,41 @@ class Chosen(Sequence):
         return [origins[index] for index in self._order]
 
 
-def _weighted(count: int, weight: float, seed: int) -> list[int]:
-    """Every sample as often as the whole part of `weight` says, and a share of them, drawn by the seed, once more."""
+def _weighted(count: int, weight: float, seed: int, together: int) -> list[int]:
+    """Every sample as often as the whole part of `weight` says, and a share of them, drawn by the seed, once more.
+
+    `together` samples that follow each other share their fate.
+    """
     whole, part = divmod(weight, 1)
-    return list(range(count)) * int(whole) + sorted(random.Random(seed).sample(range(count), round(part * count)))
+    groups = range(count // together)
+    chosen = list(groups) * int(whole) + sorted(random.Random(seed).sample(groups, round(part * len(groups))))
+    return [group * together + n for group in chosen for n in range(together)]
 
 
-def load_data(options: DataConfig, tokenizer, seed: int = 0) -> tuple[Corpus, Corpus]:
-    """The training and the held-out corpus (empty where neither eval nor eval_ratio is given) of a recipe's data section."""
-    renderer = ChatRenderer(tokenizer, options)
+RENDERERS = {renderer.kind: renderer for renderer in (ChatRenderer, PairRenderer, PromptRenderer)}
+
+
+def kind_of(options: DataConfig) -> str:
+    """What the data is for, "sft", "preference" or "rl": by its named format, else by the first row whose fields tell."""
+    form = options.format
+    if form is None:
+        rows = (row for source in sources_of(options.train) for _, _, row in read_source(_name_of(source.path)))
+        form = next((form for row in rows if isinstance(row, dict) and (form := format_of(row))), None)
+    return KINDS.get(form, "sft")
+
+
+def _name_of(source: str) -> str:
+    """A source without the number of rows to take of it."""
+    name, _, count = source.rpartition("#")
+    return name if name and count.isdecimal() and not Path(source).exists() else source
+
+
+def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") -> tuple[Corpus, Corpus]:
+    """The training and the held-out corpus (empty where neither eval nor eval_ratio is given) of a recipe's data section.
+
+    kind "preference": pairs, read by `pairs.Pairs(corpus.samples)`; "rl": prompts, each sample with its `row`.
+    """
+    renderer = RENDERERS[kind](tokenizer, options)
     train = load(options.train, renderer, seed)
     train.check(options.on_bad_row)
     if options.eval:

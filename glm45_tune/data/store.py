@@ -28,6 +28,7 @@ _SCHEMA = pa.schema(
         ("source", pa.string()),
         ("line", pa.int64()),
         ("trained", pa.float64()),  # sum of the loss mask
+        ("row", pa.large_string()),  # of an RL prompt, as JSON; what JSON does not know (dates, say) as text
     ]
 )
 CHUNK = 1000  # rows a worker renders at a time
@@ -58,8 +59,9 @@ class StoredSamples(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        ids, mask, source, line, _ = (column[index] for column in self._columns)
-        return Sample(ids.values.to_numpy(), mask.values.to_numpy(), source.as_py(), line.as_py())
+        ids, mask, source, line, _, row = (column[index] for column in self._columns)
+        kept = json.loads(row.as_py()) if row.is_valid else None
+        return Sample(ids.values.to_numpy(), mask.values.to_numpy(), source.as_py(), line.as_py(), kept)
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, int64, without reading any."""
@@ -76,7 +78,7 @@ class StoredSamples(Sequence):
 
 def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
     """Changes with the bytes of the files, the tokenizer, its template, and every option that shapes a sample."""
-    digest = hashlib.sha256(f"4 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
+    digest = hashlib.sha256(f"5 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
     digest.update(tokenizer.chat_template.encode() + tokenizer.backend_tokenizer.to_str().encode())
     for file in files:
         digest.update(f"{file}\0".encode())
@@ -167,6 +169,7 @@ def _batch(samples: list[Sample]) -> pa.RecordBatch:
         pa.array([sample.source for sample in samples], pa.string()),
         pa.array([sample.line for sample in samples], pa.int64()),
         pa.array([float(sample.loss_mask.sum(dtype=np.float64)) for sample in samples], pa.float64()),
+        pa.array([sample.row and json.dumps(sample.row, default=str) for sample in samples], pa.large_string()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

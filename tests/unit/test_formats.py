@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm45_tune.data.chat import ChatRenderer, load_tokenizer
-from glm45_tune.data.formats import FORMATS, canonical
+from glm45_tune.data.formats import FORMATS, canonical, format_of
 from glm45_tune.data.length import Tokens, fit
-from glm45_tune.data.sources import load, load_data, read_source
+from glm45_tune.data.sources import RENDERERS, kind_of, load, load_data, read_source
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig
 
@@ -81,15 +81,13 @@ def test_a_named_format_is_held_to():
     assert set(FORMATS) == set(DataConfig.model_fields["format"].annotation.__args__[0].__args__)
 
 
-def test_every_format_has_an_example_that_renders(renderer):
-    found = {canonical_name(row) for path in EXAMPLES.iterdir() for _, _, row in read_source(str(path))}
+def test_every_format_has_an_example_that_renders(tokenizer):
+    found = {format_of(row) for path in EXAMPLES.iterdir() for _, _, row in read_source(str(path))}
     assert found == set(FORMATS)
-    corpus = load(str(EXAMPLES), renderer())
-    assert not corpus.faults and len(corpus.samples) == corpus.num_rows > 250
-
-
-def canonical_name(row) -> str:
-    return next(name for name, field in FORMATS.items() if field in row)
+    for path in EXAMPLES.iterdir():
+        options = DataConfig(train=str(path), format="rl" if path.stem == "rl_messages" else None)
+        corpus = load(options.train, RENDERERS[kind_of(options)](tokenizer, options))
+        assert not corpus.faults and len(corpus.samples) >= corpus.num_rows > 0, path
 
 
 def test_every_kind_of_file_gives_the_same_samples(renderer, tmp_path):
@@ -269,7 +267,18 @@ messages = st.lists(
 )
 fuzzed = st.dictionaries(
     st.sampled_from(
-        [*FORMATS.values(), "output", "input", "prompt", "response", "history", "system", "tools", "enable_thinking"]
+        [
+            *(field for fields in FORMATS.values() for field in fields),
+            "chosen",
+            "output",
+            "input",
+            "prompt",
+            "response",
+            "history",
+            "system",
+            "tools",
+            "enable_thinking",
+        ]
     ),
     json_values | messages,
     max_size=5,
@@ -277,12 +286,12 @@ fuzzed = st.dictionaries(
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(row=fuzzed)
-def test_any_row_gets_a_verdict(renderer, row):
+@given(row=fuzzed, kind=st.sampled_from(["sft", "preference", "rl"]))
+def test_any_row_gets_a_verdict(tokenizer, row, kind):
     """A sample that trains something, or an error that names the place: never a crash, never silence."""
     try:
-        samples = renderer().render(row, "f.jsonl", 3).samples
-        assert samples and all(sample.loss_mask.any() for sample in samples)
+        samples = RENDERERS[kind](tokenizer, DataConfig(train="x")).render(row, "f.jsonl", 3).samples
+        assert samples and all(sample.loss_mask.any() == (kind != "rl") for sample in samples)
     except DataError as error:
         assert str(error).startswith("f.jsonl:3: ")
 

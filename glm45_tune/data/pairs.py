@@ -1,0 +1,90 @@
+"""Preference rows: two answers behind one prompt, rendered side by side.
+
+In a corpus a pair is two samples, the chosen one first; `Pairs` reads them together. Trained is what the assistant says where
+the two conversations differ, with the tokens that end its turns.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from glm45_tune.data.chat import ChatRenderer, Sample, check_messages, check_tools
+from glm45_tune.data.length import Tokens, cut
+from glm45_tune.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both samples begin with the same `prompt` tokens, none of which is trained."""
+
+    chosen: Sample
+    rejected: Sample
+    prompt: int
+
+
+class Pairs(Sequence):
+    """The pairs of a corpus that a PairRenderer made: Pairs(corpus.samples)[i] is a Pair."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples) // 2
+
+    def __getitem__(self, index: int) -> Pair:
+        index = range(len(self))[index]
+        chosen, rejected = self._samples[2 * index], self._samples[2 * index + 1]
+        return Pair(chosen, rejected, _shared(chosen, rejected))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of both, int64 [pairs, 2]: chosen, rejected."""
+        return self._samples.lengths().reshape(-1, 2)
+
+
+def _shared(chosen: Sample, rejected: Sample) -> int:
+    """How many tokens both begin with, before anything is trained."""
+    firsts = [int(np.argmax(sample.loss_mask > 0)) for sample in (chosen, rejected)]
+    size = min(firsts)
+    differs = chosen.input_ids[:size] != rejected.input_ids[:size]
+    return int(np.argmax(differs)) if differs.any() else size
+
+
+class PairRenderer(ChatRenderer):
+    """Renders preference rows; each gives two samples, chosen and rejected, or none when it is dropped."""
+
+    kind, per_row = "preference", 2
+
+    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
+        if self.options.overlong == "split":
+            raise DataError("a pair cannot be split: data.overlong is to be error, drop or truncate")
+        sides = [check_messages(row), check_messages(row, "rejected_messages")]
+        shared = next((n for n, (a, b) in enumerate(zip(*sides)) if a != b), min(map(len, sides)))
+        if not shared:
+            raise DataError("chosen and rejected share no beginning: they are to be answers to one prompt")
+        tools, thinking = check_tools(row), self._thinking(row)
+        both = []
+        for name, messages in zip(("chosen", "rejected"), sides):
+            answers = {n for n in range(shared, len(messages)) if messages[n]["role"] == "assistant"}
+            if not any(messages[n]["weight"] for n in answers):
+                also = "; chosen and rejected are the same" if sides[0] == sides[1] else ""
+                raise DataError(f"has no assistant message behind what both share{also}", name)
+            both.append(self._conversation(messages, tools, thinking, answers))
+        return self._cut_alike(*both)
+
+    def _cut_alike(self, chosen: Tokens, rejected: Tokens) -> tuple[list[Tokens], Counter]:
+        """Both within data.seq_length: the same oldest turns left out of both, then each cut at its end."""
+        limit, longest = self.options.seq_length, max(len(chosen.ids), len(rejected.ids))
+        self._check_length(longest)
+        if longest <= limit:
+            return [chosen, rejected], Counter()
+        if self.options.overlong == "drop" or chosen.head >= limit:
+            return [], Counter(dropped=1)
+        shared = [start for start in chosen.turns if start in rejected.turns]
+        fitting = [start for start in shared if chosen.head + longest - start <= limit]
+        first = fitting[0] if fitting else max(shared, default=chosen.head)
+        pieces = [cut(side, first, min(len(side.ids), first + limit - side.head)) for side in (chosen, rejected)]
+        if all(piece.mask.any() for piece in pieces):
+            return pieces, Counter(truncated=1)
+        return [], Counter({"dropped": 1, "pieces that would train nothing": 1})

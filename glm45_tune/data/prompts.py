@@ -1,0 +1,40 @@
+"""RL prompts: the token ids that ask for an answer, and the row they came from, for the reward."""
+
+from collections import Counter
+
+import numpy as np
+
+from glm45_tune.data.chat import ChatRenderer, check_messages, check_tools
+from glm45_tune.data.length import Tokens, cut
+from glm45_tune.errors import DataError
+
+
+class PromptRenderer(ChatRenderer):
+    """Renders prompts; each row gives one sample whose input_ids end where the answer begins, whose loss_mask is all zeros,
+
+    and whose `row` is the row as it was read, every column kept.
+    """
+
+    kind = "rl"
+
+    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
+        messages, tools, thinking = check_messages(row), check_tools(row), self._thinking(row)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(
+                "is the assistant's; a prompt ends on what is to be answered. Keep a wanted answer in a field of its own",
+                f"messages[{len(messages) - 1}].role",
+            )
+        ids, starts, _ = self._turns(self._templated(messages, tools, thinking, True), messages, tools, True)
+        self._check_length(len(ids))
+        roles = [self._kinds[int(ids[start])] for start in starts]
+        users = [start for start, role in zip(starts, roles) if role == "user"] or starts[:1]
+        whole = Tokens(ids, np.zeros(len(ids), np.float32), users[0], users)
+        if len(ids) <= self.options.seq_length:
+            return [whole], Counter()
+        if self.options.overlong == "split":
+            raise DataError("a prompt cannot be split: data.overlong is to be error, drop or truncate")
+        # only whole turns may be left out: a prompt without its end asks for nothing
+        fitting = [start for start in users if users[0] + len(ids) - start <= self.options.seq_length]
+        if self.options.overlong == "drop" or not fitting:
+            return [], Counter(dropped=1)
+        return [cut(whole, fitting[0], len(ids))], Counter(truncated=1)
