@@ -144,6 +144,7 @@ def data(
     from glm45_tune.data import report
     from glm45_tune.data.chat import load_tokenizer
     from glm45_tune.data.sources import RENDERERS, kind_of, load
+    from glm45_tune.data.stream import Stream
     from glm45_tune.recipe import Recipe
 
     changes = [key if key.startswith("data.") else f"data.{key}" for key in overrides or []]
@@ -158,7 +159,10 @@ def data(
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
     kind = kind_of(recipe.data)
-    corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
+    if recipe.data.streaming:
+        corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
+    else:
+        corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
     summary = report.summarise(corpus, recipe.data, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))

@@ -6,6 +6,7 @@ the defaults below; `key=value` on the command line comes on top. Relative paths
 
 import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,6 +78,13 @@ class DataConfig(_Section):
     """Which assistant turns are trained: all, the last, or each as a sample of its own, in the context it has at inference."""
     packing: bool = True
     """Fill rows with several samples. Off: one sample a row."""
+    streaming: bool = False
+    """For data that shall not be kept on disk: rows are rendered while training goes on. Needs train.steps, as the rows are not counted
+
+    beforehand; several sources are mixed by `weight`, each row drawn by the seed; a source that ends begins anew.
+    """
+    streaming_window: Positive = 10_000
+    """Rows of the data that are held, packed and shuffled together under streaming."""
     history_thinking: Literal["template", "keep"] = "template"
     """keep: thoughts of earlier turns stay, where the checkpoint's template can (GLM-4.7's); template: as it does by itself."""
     enable_thinking: bool | None = None
@@ -88,6 +96,14 @@ class DataConfig(_Section):
     def _one_kind_of_eval(self):
         if self.eval is not None and self.eval_ratio:
             raise ValueError("eval and eval_ratio are both given; give one")
+        return self
+
+    @model_validator(mode="after")
+    def _streams(self):
+        if self.streaming and self.eval_ratio:
+            raise ValueError("streaming cannot hold a share of rows out; name held-out files in eval instead of eval_ratio")
+        if self.streaming and any(re.search(r"#\d+$", source.path) for source in sources_of(self.train)):
+            raise ValueError("streaming cannot take a sample of a source (PATH#N); give the path alone and a weight")
         return self
 
 
@@ -221,6 +237,12 @@ class Recipe(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _knows_its_end(self):
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError("data.streaming needs train.steps: how many rows an epoch has is not known beforehand")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Recipe":

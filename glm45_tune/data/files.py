@@ -34,18 +34,24 @@ def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict | DataError]]:
+def read_rows(path: Path, behind: int = 0) -> Iterator[tuple[int, dict | DataError]]:
     """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
 
-    .csv has a header; of .txt the whole file is one text.
+    .csv has a header; of .txt the whole file is one text. behind: begin after this line.
     """
+    if behind and _kind(path) != ".jsonl":
+        yield from ((line, row) for line, row in read_rows(path) if line > behind)
+        return
     kind = _kind(path)
     if kind == ".parquet":
         yield from _parquet(path)
         return
     with _open(path) as file:
         try:
-            yield from {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}[kind](file)
+            if kind == ".jsonl":
+                yield from _jsonl(file, behind)
+            else:
+                yield from {".json": _json, ".csv": _csv, ".txt": _txt}[kind](file)
         except (UnicodeDecodeError, csv.Error, EOFError, OSError) as error:
             yield 0, DataError(f"the file cannot be read on: {error}")
 
@@ -65,9 +71,9 @@ def as_row(value: object) -> dict | DataError:
     return value if isinstance(value, dict) else DataError(f"holds {type(value).__name__}; an object is expected")
 
 
-def _jsonl(file) -> Iterator:
+def _jsonl(file, behind: int) -> Iterator:
     for number, line in enumerate(file, start=1):
-        if line.strip():
+        if number > behind and line.strip():
             try:
                 yield number, as_row(json.loads(line))
             except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
-from glm45_tune.data.packing import pack
+from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.sources import Corpus
 from glm45_tune.recipe import DataConfig
 
@@ -19,7 +19,7 @@ def summarise(corpus: Corpus, options: DataConfig, tokenizer, kind: str) -> dict
     """Numbers of a corpus of a kind, plain enough for JSON."""
     lengths = corpus.lengths
     fitting = lengths[lengths <= options.seq_length]
-    packed = pack(fitting.tolist(), options.seq_length) if options.packing else [[i] for i in range(len(fitting))]
+    packed = pack(fitting, options.seq_length) if options.packing else Rows.single(len(fitting))
     opens, closes, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<tool_call>"))
     thinking = tools = trained = 0
     for sample in corpus.samples:

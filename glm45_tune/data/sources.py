@@ -7,7 +7,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,7 @@ from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
 from glm45_tune.data.formats import KINDS, format_of
 from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
-from glm45_tune.data.store import StoredSamples, key_of, store, stored
+from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig, SourceConfig, Sources, sources_of
 
@@ -53,6 +53,11 @@ class Corpus:
         """Sum of the loss mask of every sample, float64."""
         return self.samples.weights() if len(self.samples) else np.empty(0)
 
+    @classmethod
+    def of(cls, samples: Sequence[Sample], facts: dict) -> "Corpus":
+        """Samples with what `store` and `render_once` say about them."""
+        return cls(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
+
     def check(self, on_bad_row: str) -> None:
         """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
         if self.faults and on_bad_row == "error":
@@ -65,7 +70,7 @@ class Corpus:
             )
 
 
-def read_source(source: str, seed: int = 0) -> Iterator[tuple[str, int, dict | DataError]]:
+def read_source(source: str, seed: int = 0) -> Iterator[Row]:
     """(where, line, row) of a source: a file, a folder, hf:…, ms:… or module:function; SOURCE#N takes N rows by the seed."""
     name = _name_of(source)
     if name == source:
@@ -78,21 +83,28 @@ def read_source(source: str, seed: int = 0) -> Iterator[tuple[str, int, dict | D
     return iter([everything[index] for index in chosen])
 
 
-def _rows_of(source: str) -> Iterator[tuple[str, int, dict | DataError]]:
-    if not Path(source).exists():
-        if source.startswith(("hf:", "ms:")):
-            return _numbered(source, _hub(source))
-        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
-            return _numbered(source, _function(source)())
+def _rows_of(source: str) -> Iterator[Row]:
+    rows = generated(source)
+    if rows is not None:
+        return numbered(source, rows)
     return ((str(file), line, row) for file in files_of(source) for line, row in read_rows(file))
 
 
-def _numbered(source: str, rows) -> Iterator[tuple[str, int, dict | DataError]]:
+def generated(source: str, streaming: bool = False) -> Iterable | None:
+    """What a hub or a function yields; None where the source is files. streaming: the hub's rows come as they are read."""
+    if Path(source).exists():
+        return None
+    if source.startswith(("hf:", "ms:")):
+        return _hub(source, streaming)
+    return _function(source)() if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) else None
+
+
+def numbered(source: str, rows: Iterable) -> Iterator[Row]:
     for number, row in enumerate(rows, start=1):
         yield source, number, as_row(without_nulls(row))
 
 
-def _hub(source: str):
+def _hub(source: str, streaming: bool) -> Iterable:
     """The rows of a hub dataset, hf:ORG/NAME[:CONFIG][@SPLIT] or ms:…, by the hub's own client."""
     hub, _, name = source.partition(":")
     name, _, split = name.partition("@")
@@ -103,10 +115,10 @@ def _hub(source: str):
         if hub == "hf":
             import datasets
 
-            return datasets.load_dataset(name, config or None, split=split or "train")
+            return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
         from modelscope.msdatasets import MsDataset
 
-        return MsDataset.load(name, subset_name=config or None, split=split or "train")
+        return MsDataset.load(name, subset_name=config or None, split=split or "train", use_streaming=streaming)
     except ImportError as error:
         raise DataError(f"{source}: needs {error.name}: pip install {error.name}.") from None
     except (OSError, ValueError) as error:
@@ -141,15 +153,16 @@ def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus
     name = _name_of(source.path)
     files = files_of(name) if Path(name).exists() else None
     key = key_of(files, renderer.options, renderer.tokenizer, f"{renderer.kind} {source.path} {seed}") if files else None
-    found = stored(key) if key else None
-    if found is None:
-        num_bytes = sum(file.stat().st_size for file in files) if files else 0
-        found = store(key, read_source(source.path, seed), renderer, num_bytes)
-    path, facts = found
-    samples: Sequence[Sample] = StoredSamples(path)
+    if key:
+        with locked(key):
+            if stored(key) is None:
+                store(key, read_source(source.path, seed), renderer, sum(file.stat().st_size for file in files))
+            samples, facts = stored(key)
+    else:
+        samples, facts = render_once(read_source(source.path, seed), renderer)
     if source.weight != 1:
         samples = Chosen(samples, _weighted(len(samples), source.weight, seed, renderer.per_row))
-    return Corpus(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
+    return Corpus.of(samples, facts)
 
 
 class Chain(Sequence):
@@ -174,14 +187,18 @@ class Chain(Sequence):
     def weights(self) -> np.ndarray:
         return np.concatenate([part.weights() for part in self._parts])
 
-    def origins(self) -> list[tuple[str, int]]:
-        return [origin for part in self._parts for origin in part.origins()]
+    def origins(self) -> Origins:
+        parts = [part.origins() for part in self._parts]
+        names = list(dict.fromkeys(name for part in parts for name in part.names))
+        number = {name: code for code, name in enumerate(names)}
+        codes = [np.array([number[name] for name in part.names], np.int32)[part.codes] for part in parts]
+        return Origins(names, np.concatenate(codes), np.concatenate([part.lines for part in parts]))
 
 
 class Chosen(Sequence):
     """Some of StoredSamples, in a given order."""
 
-    def __init__(self, whole, order: list[int]):
+    def __init__(self, whole, order: np.ndarray):
         self._whole, self._order = whole, order
 
     def __len__(self) -> int:
@@ -189,8 +206,8 @@ class Chosen(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self._whole[i] for i in self._order[index]]
-        return self._whole[self._order[index]]
+            return [self._whole[i] for i in self._order[index].tolist()]
+        return self._whole[int(self._order[index])]
 
     def lengths(self) -> np.ndarray:
         return self._whole.lengths()[self._order]
@@ -198,20 +215,21 @@ class Chosen(Sequence):
     def weights(self) -> np.ndarray:
         return self._whole.weights()[self._order]
 
-    def origins(self) -> list[tuple[str, int]]:
-        origins = self._whole.origins()
-        return [origins[index] for index in self._order]
+    def origins(self) -> Origins:
+        whole = self._whole.origins()
+        return Origins(whole.names, whole.codes[self._order], whole.lines[self._order])
 
 
-def _weighted(count: int, weight: float, seed: int, together: int) -> list[int]:
+def _weighted(count: int, weight: float, seed: int, together: int) -> np.ndarray:
     """Every sample as often as the whole part of `weight` says, and a share of them, drawn by the seed, once more.
 
     `together` samples that follow each other share their fate.
     """
     whole, part = divmod(weight, 1)
-    groups = range(count // together)
-    chosen = list(groups) * int(whole) + sorted(random.Random(seed).sample(groups, round(part * len(groups))))
-    return [group * together + n for group in chosen for n in range(together)]
+    groups = count // together
+    once_more = np.sort(np.random.default_rng(seed).choice(groups, round(part * groups), replace=False))
+    chosen = np.concatenate([np.tile(np.arange(groups), int(whole)), once_more])
+    return (chosen[:, None] * together + np.arange(together)).reshape(-1)
 
 
 RENDERERS = {renderer.kind: renderer for renderer in (ChatRenderer, PairRenderer, PromptRenderer)}
@@ -247,13 +265,12 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
     held = Corpus()
     if options.eval_ratio:
         # whole rows are held out: all samples of a row, and its repetitions, are on one side
-        origins = train.samples.origins()
-        rows = list(dict.fromkeys(origins))
-        count = max(1, round(len(rows) * options.eval_ratio))
-        if count >= len(rows):
-            raise DataError(f"data.eval_ratio {options.eval_ratio} of {len(rows)} rows leaves none to train on.")
-        chosen = set(random.Random(seed).sample(rows, count))
-        everything = train.samples
-        held.samples = Chosen(everything, [index for index, row in enumerate(origins) if row in chosen])
-        train.samples = Chosen(everything, [index for index, row in enumerate(origins) if row not in chosen])
+        row_of = train.samples.origins().rows()
+        rows = row_of.max() + 1
+        count = max(1, round(rows * options.eval_ratio))
+        if count >= rows:
+            raise DataError(f"data.eval_ratio {options.eval_ratio} of {rows} rows leaves none to train on.")
+        is_held = np.isin(row_of, np.random.default_rng(seed).choice(rows, count, replace=False))
+        held.samples = Chosen(train.samples, np.flatnonzero(is_held))
+        train.samples = Chosen(train.samples, np.flatnonzero(~is_held))
     return train, held

@@ -1,13 +1,17 @@
 """Rendered samples on disk as Arrow, memory-mapped: rendered once by all cores, read by every rank, found again next time."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +37,7 @@ _SCHEMA = pa.schema(
 )
 CHUNK = 1000  # rows a worker renders at a time
 # below this many bytes of sources, starting workers takes longer than rendering
-_WORTH_WORKERS = 8 << 20
+WORTH_WORKERS = 8 << 20
 
 Row = tuple[str, int, "dict | DataError"]
 # (file, line, field, message) of each bad row
@@ -46,12 +50,15 @@ def cache_directory() -> Path:
 
 
 class StoredSamples(Sequence):
-    """Samples of an Arrow file, read from the memory map when they are asked for."""
+    """Samples in Arrow's columns; of a file they are read from the memory map when they are asked for."""
 
-    def __init__(self, path: Path):
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
+    def __init__(self, table: pa.Table):
         self._columns = [table.column(name) for name in _SCHEMA.names]
+
+    @classmethod
+    def of_file(cls, path: Path) -> "StoredSamples":
+        with pa.memory_map(str(path)) as source:
+            return cls(pa.ipc.open_file(source).read_all())
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -71,9 +78,24 @@ class StoredSamples(Sequence):
         """Sum of the loss mask of every sample, float64."""
         return self._columns[4].to_numpy()
 
-    def origins(self) -> list[tuple[str, int]]:
-        """(source, line) of every sample."""
-        return list(zip(self._columns[2].to_pylist(), self._columns[3].to_pylist()))
+    def origins(self) -> "Origins":
+        sources = pc.dictionary_encode(self._columns[2]).unify_dictionaries()
+        names = sources.chunk(0).dictionary.to_pylist() if sources.num_chunks else []
+        codes = np.concatenate([np.empty(0, np.int32), *(chunk.indices.to_numpy() for chunk in sources.chunks)])
+        return Origins(names, codes.astype(np.int32), self._columns[3].to_numpy())
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each sample came from: source names[codes[i]], line lines[i]."""
+
+    names: list[str]
+    codes: np.ndarray
+    lines: np.ndarray
+
+    def rows(self) -> np.ndarray:
+        """int64: the number of each sample's row; samples of one row have the same."""
+        return np.unique((self.codes.astype(np.int64) << 40) + self.lines, return_inverse=True)[1]
 
 
 def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
@@ -89,17 +111,20 @@ def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
 
 def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_bytes: int) -> tuple[Faults, Counter, int]:
     """Render rows into an Arrow file at `path`, in order. Returns bad rows, counts by reason, and the number of rows."""
-    faults, counts, seen, num_rows = [], Counter(), set(), 0
+    faults, counts, keys, num_rows = [], Counter(), [], 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    chunks = iter(lambda source=iter(rows): list(islice(source, CHUNK)), [])
+    workers = 0 if num_bytes < WORTH_WORKERS or os.cpu_count() == 1 else os.cpu_count()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer, _progress() as tick:
-        for batch, bad, reasons, keys, size in _rendered(rows, renderer, num_bytes):
-            writer.write_batch(batch)
-            faults += bad
-            counts += reasons
-            counts["duplicates"] += sum(key in seen for key in keys) + len(keys) - len(set(keys))
-            seen.update(keys)
-            num_rows += size
+        for made in rendered(chunks, renderer, workers):
+            writer.write_batch(made.batch)
+            faults += made.faults
+            counts += made.counts
+            keys.append(made.keys)
+            num_rows += made.num_rows
             tick(num_rows)
+    every = np.concatenate(keys) if keys else np.empty(0)
+    counts["duplicates"] = len(every) - len(np.unique(every))
     return faults, +counts, num_rows
 
 
@@ -111,17 +136,36 @@ def _progress():
         yield lambda count: status.update(f"rendering data: {count:,} rows")
 
 
-def _rendered(rows: Iterable[Row], renderer: ChatRenderer, num_bytes: int) -> Iterator[tuple]:
-    chunks = iter(lambda source=iter(rows): list(islice(source, CHUNK)), [])
-    workers = os.cpu_count() or 1
-    if num_bytes < _WORTH_WORKERS or workers == 1:
+@dataclass
+class Made:
+    """What became of some rows. keys uint64: of each row that gave samples a hash of them, equal rows have equal ones."""
+
+    batch: pa.RecordBatch
+    faults: Faults
+    counts: Counter
+    keys: np.ndarray
+    num_rows: int
+
+    def samples(self) -> list[Sample]:
+        return list(StoredSamples(pa.Table.from_batches([self.batch])))
+
+
+def rendered(
+    chunks: Iterable[list[Row]], renderer: ChatRenderer, workers: int, ahead: int = 0
+) -> Generator[Made, None, None]:
+    """Each chunk of rows rendered, in order, by `workers` processes (0: by this one) that are some, or `ahead`, chunks ahead."""
+    chunks = iter(chunks)
+    if not workers:
         yield from (_render_chunk(chunk, renderer) for chunk in chunks)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (renderer,)) as pool:
-        waiting = [pool.submit(_in_worker, chunk) for chunk in islice(chunks, 2 * workers)]
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (renderer,))
+    try:
+        waiting = deque(pool.submit(_in_worker, chunk) for chunk in islice(chunks, max(2 * workers, ahead)))
         while waiting:
-            yield waiting.pop(0).result()
+            yield waiting.popleft().result()
             waiting += [pool.submit(_in_worker, chunk) for chunk in islice(chunks, 1)]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _renderer: ChatRenderer
@@ -131,13 +175,21 @@ def _start_worker(renderer: ChatRenderer) -> None:
     global _renderer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _renderer = renderer
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _in_worker(chunk: list[Row]) -> tuple:
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _in_worker(chunk: list[Row]) -> Made:
     return _render_chunk(chunk, _renderer)
 
 
-def _render_chunk(chunk: list[Row], renderer: ChatRenderer) -> tuple:
+def _render_chunk(chunk: list[Row], renderer: ChatRenderer) -> Made:
     samples, faults, counts, keys = [], [], Counter(), []
     for file, line, row in chunk:
         try:
@@ -149,11 +201,12 @@ def _render_chunk(chunk: list[Row], renderer: ChatRenderer) -> tuple:
             continue
         samples += rendering.samples
         counts += rendering.counts
-        digest = hashlib.blake2b(digest_size=12)
+        digest = hashlib.blake2b(digest_size=8)
         for sample in rendering.samples:
             digest.update(sample.input_ids.tobytes())
-        keys.append(digest.digest())
-    return _batch(samples), faults, counts, keys, len(chunk)
+        if rendering.samples:
+            keys.append(digest.digest())
+    return Made(_batch(samples), faults, counts, np.frombuffer(b"".join(keys), np.uint64), len(chunk))
 
 
 def _batch(samples: list[Sample]) -> pa.RecordBatch:
@@ -174,24 +227,38 @@ def _batch(samples: list[Sample]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=_SCHEMA)
 
 
-def stored(key: str) -> tuple[Path, dict] | None:
-    """The Arrow file under a key and what was written beside it, if both are there."""
+@contextlib.contextmanager
+def locked(key: str):
+    """One process at a time renders what `key` stands for; the others wait and find it done."""
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with open(cache_directory() / f"{key}.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def stored(key: str) -> tuple[StoredSamples, dict] | None:
+    """The samples under a key and what was written beside them, if both are there."""
     facts = cache_directory() / f"{key}.json"
     path = facts.with_suffix(".arrow")
     if not (facts.is_file() and path.is_file()):
         return None
-    return path, json.loads(facts.read_text(encoding="utf-8"))
+    return StoredSamples.of_file(path), json.loads(facts.read_text(encoding="utf-8"))
 
 
-def store(key: str | None, rows: Iterable[Row], renderer: ChatRenderer, num_bytes: int) -> tuple[Path, dict]:
-    """Render into the cache under `key`, or into a file of this process alone when there is none. Whole or not at all."""
-    directory = cache_directory() if key else Path(tempfile.mkdtemp(prefix="glm45_tune_"))
-    staging = directory / f"{key or 'rows'}.{os.getpid()}.partial"
+def store(key: str, rows: Iterable[Row], renderer: ChatRenderer, num_bytes: int) -> None:
+    """Render into the cache under `key`, whole or not at all."""
+    path = cache_directory() / f"{key}.arrow"
+    staging = path.with_suffix(".partial")
     faults, counts, num_rows = render_all(rows, renderer, staging, num_bytes)
-    facts = {"faults": faults, "counts": counts, "num_rows": num_rows}
-    path = directory / f"{key or 'rows'}.arrow"
     staging.replace(path)
-    beside = staging.with_suffix(".json.partial")
-    beside.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-    beside.replace(path.with_suffix(".json"))
-    return path, facts
+    staging.write_text(json.dumps({"faults": faults, "counts": counts, "num_rows": num_rows}, ensure_ascii=False), "utf-8")
+    staging.replace(path.with_suffix(".json"))
+
+
+def render_once(rows: Iterable[Row], renderer: ChatRenderer) -> tuple[StoredSamples, dict]:
+    """Samples of this process alone, of what has no content to be known by: on disk under no name."""
+    with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
+        path = Path(holder) / "rows.arrow"
+        faults, counts, num_rows = render_all(rows, renderer, path, 0)
+        # the memory map outlives the file's name
+        return StoredSamples.of_file(path), {"faults": faults, "counts": counts, "num_rows": num_rows}

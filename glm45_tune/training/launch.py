@@ -34,6 +34,8 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
         loop.run(job)
         runtime.stop()
         return 0
+    if job.stream:
+        job.stream.close()  # each rank has its own
     with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
         resolved = Path(holder) / "recipe.yaml"
         resolved.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -12,6 +12,7 @@ from glm45_tune.conversion import adapter
 from glm45_tune.data.batch import Batch, collate, total_weights
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.packing import BatchPlan
+from glm45_tune.errors import UserError
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import StepResult, Trainer
 from glm45_tune.training import prepare
@@ -44,6 +45,8 @@ def run(job: Job) -> None:
             line.show(step, values["train/loss"], values["perf/tokens_per_second"], values["perf/peak_memory_gib"])
         if is_last or (settings.save_interval and step % settings.save_interval == 0):
             _save(job, trainer, step)
+    if job.stream:
+        job.stream.close()
     if is_first:
         line.close()
         metrics.close()
@@ -58,18 +61,24 @@ def _resume(job: Job, trainer: Trainer) -> int:
     found = checkpoint.complete_checkpoints(job.run)
     if not found:
         return 0
+    facts = json.loads((found[-1] / checkpoint.COMPLETE).read_text(encoding="utf-8"))
+    if ("cursor" in facts) != (job.stream is not None):
+        raise UserError(f"{job.run}: data.streaming was changed; a run goes on as it began. Choose another output_dir.")
     checkpoint.restore(trainer, found[-1])
-    return json.loads((found[-1] / checkpoint.COMPLETE).read_text(encoding="utf-8"))["step"]
+    if job.stream:
+        job.stream.seek(facts["cursor"])
+    return facts["step"]
 
 
 def _save(job: Job, trainer: Trainer, step: int) -> None:
-    checkpoint.save(trainer, checkpoint.step_directory(job.run, step), job.source.config, {"step": step})
+    facts = {"step": step} | ({"cursor": job.stream.cursor} if job.stream else {})
+    checkpoint.save(trainer, checkpoint.step_directory(job.run, step), job.source.config, facts)
 
 
-def _batches(samples: list[Sample], rows: list[list[int]], microbatches: list[list[int]], job: Job, trainer: Trainer):
-    """One Batch for each micro batch, made when it is needed."""
-    for chosen in microbatches:
-        members = [samples[index] for row in chosen for index in rows[row]]
+def _batches(microbatches: list[list[list[Sample]]], job: Job, trainer: Trainer) -> Iterator[Batch]:
+    """One Batch for each micro batch of rows, made when it is needed."""
+    for rows in microbatches:
+        members = [sample for row in rows for sample in row]
         yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id)
 
 
@@ -77,23 +86,22 @@ def _train_step(job: Job, trainer: Trainer, step: int) -> dict[str, float]:
     settings, options, plan = job.recipe.train, job.recipe.optimizer, job.plan
     started = time.perf_counter()
     runtime.seed_all(settings.seed + step)  # dropout depends on the step alone: a resumed run draws what it would have drawn
-    members = [job.train.samples[index] for row in plan.rows_of_step(step) for index in job.train_rows[row]]
+    rows = job.rows_of_step(step)
+    members = [sample for row in rows for sample in row]
     denominators = total_weights(members, trainer.num_predictions)
-    microbatches = plan.microbatches(step, trainer.data_parallel_rank)
+    microbatches = plan.share(rows, trainer.data_parallel_rank)
     lowest = options.lr / 10 if options.min_lr is None else options.min_lr
     lr = learning_rate(step, job.num_steps, options.lr, lowest, options.warmup_ratio)
-    batches: Iterator[Batch] = _batches(job.train.samples, job.train_rows, microbatches, job, trainer)
-    result: StepResult = trainer.train(batches, len(microbatches), denominators.tolist(), lr)
+    result: StepResult = trainer.train(_batches(microbatches, job, trainer), len(microbatches), denominators.tolist(), lr)
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.input_ids) for sample in members)
-    rows = len(plan.rows_of_step(step))
     values = {
         "train/loss": result.losses[0],
         "train/grad_norm": result.grad_norm,
         "train/learning_rate": lr,
         "train/tokens": tokens,
         "train/trained_tokens": float(denominators[0]),
-        "data/fill_ratio": tokens / (rows * job.recipe.data.seq_length),
+        "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
         "moe/expert_load_max_over_mean": result.expert_load,
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": tokens / seconds,
@@ -112,10 +120,10 @@ def _evaluate(job: Job, trainer: Trainer) -> float:
     batch = job.recipe.train.micro_batch_size * job.layout.data_parallel_size
     size = -(-len(job.eval_rows) // batch) * batch
     plan = BatchPlan(len(job.eval_rows), size, job.recipe.train.micro_batch_size, job.layout.data_parallel_size, 0)
-    microbatches = plan.microbatches(0, trainer.data_parallel_rank)
+    rows = [[job.held_out.samples[index] for index in job.eval_rows[row]] for row in plan.rows_of_step(0)]
+    microbatches = plan.share(rows, trainer.data_parallel_rank)
     denominators = total_weights(job.held_out.samples, trainer.num_predictions).tolist()
-    batches = _batches(job.held_out.samples, job.eval_rows, microbatches, job, trainer)
-    return trainer.evaluate(batches, len(microbatches), denominators).losses[0]
+    return trainer.evaluate(_batches(microbatches, job, trainer), len(microbatches), denominators).losses[0]
 
 
 def peak_memory_gib() -> float:
@@ -129,17 +137,28 @@ def peak_memory_gib() -> float:
 
 def _left_out(job: Job) -> list[str]:
     """A line about rows that were skipped, cut or repeated, if there were any: said at the start and again at the end."""
-    counts = {"bad rows skipped": len(job.train.faults), **job.train.counts}
+    seen = job.stream.seen if job.stream else job.train
+    counts = {"bad rows skipped": len(seen.faults), **seen.counts}
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return [f"of {job.train.num_rows} rows: {said} (glm45-tune data lists them)"] if said else []
+    return [f"of {seen.num_rows} rows: {said} (glm45-tune data lists them)"] if said else []
+
+
+def _data_line(job: Job) -> str:
+    data = job.recipe.data
+    if job.stream:
+        return f"streamed in windows of {data.streaming_window} rows; {len(job.held_out.samples)} samples held out"
+    tokens, weights = int(job.train.lengths.sum()), float(job.train.weights.sum())
+    fill = tokens / (len(job.train_rows) * data.seq_length)
+    return (
+        f"{len(job.train.samples)} samples in {len(job.train_rows)} rows of {data.seq_length} ({fill:.1%} filled), "
+        f"{tokens:,} tokens, {weights:,.0f} trained; {len(job.held_out.samples)} held out"
+    )
 
 
 def _introduce(job: Job, trainer: Trainer, step: int) -> None:
     """Ten lines that say what will run."""
     recipe, layout, spec = job.recipe, job.layout, job.source.spec
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
-    tokens, weights = int(job.train.lengths.sum()), float(job.train.weights.sum())
-    fill = tokens / (len(job.train_rows) * recipe.data.seq_length)
     what = f"LoRA r {recipe.lora.r} on {', '.join(recipe.lora.targets)}" if recipe.lora else "all weights"
     lines = [
         f"model     {recipe.model.path}: {spec.num_layers} layers, {spec.num_moe_experts} experts, {recipe.model.params_dtype}",
@@ -147,10 +166,10 @@ def _introduce(job: Job, trainer: Trainer, step: int) -> None:
         f"layout    tensor {layout.tensor_model_parallel_size} × pipeline {layout.pipeline_model_parallel_size} × "
         f"data {layout.data_parallel_size}, expert {layout.expert_model_parallel_size}: {layout.world_size} ranks on "
         f"{runtime.device().type}",
-        f"data      {len(job.train.samples)} samples in {len(job.train_rows)} rows of {recipe.data.seq_length} "
-        f"({fill:.1%} filled), {tokens:,} tokens, {weights:,.0f} trained; {len(job.held_out.samples)} held out",
+        f"data      {_data_line(job)}",
         *_left_out(job),
-        f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows, {job.plan.steps_per_epoch} an epoch",
+        f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"
+        + ("" if job.stream else f", {job.plan.steps_per_epoch} an epoch"),
         f"recompute {recipe.train.recompute_granularity or 'none'}",
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),
     ]

@@ -9,9 +9,10 @@ from pathlib import Path
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
-from glm45_tune.data.chat import load_tokenizer
-from glm45_tune.data.packing import BatchPlan, pack
+from glm45_tune.data.chat import Sample, load_tokenizer
+from glm45_tune.data.packing import BatchPlan, Rows, pack
 from glm45_tune.data.sources import Corpus, load_data
+from glm45_tune.data.stream import Stream, load_stream
 from glm45_tune.errors import RecipeError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
@@ -31,14 +32,22 @@ class Job:
     pad_id: int
     train: Corpus
     held_out: Corpus
-    train_rows: list[list[int]]
-    eval_rows: list[list[int]]
+    train_rows: Rows
+    eval_rows: Rows
     plan: BatchPlan
     num_steps: int
+    stream: Stream | None
+    """Where the training rows come from under data.streaming; `train` then only counts."""
 
     @property
     def run(self) -> Path:
         return Path(self.recipe.output_dir)
+
+    def rows_of_step(self, step: int) -> list[list[Sample]]:
+        """The packed rows of a step (from 0), all ranks'. A stream gives them in order, once."""
+        if self.stream:
+            return self.stream.rows(self.plan.global_batch_size)
+        return [[self.train.samples[index] for index in self.train_rows[row]] for row in self.plan.rows_of_step(step)]
 
 
 def world_size(recipe: Recipe) -> int:
@@ -71,7 +80,12 @@ def prepare(recipe: Recipe) -> Job:
         )
     check_run_directory(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
-    corpus, held_out = load_data(recipe.data, tokenizer, train.seed)
+    stream = None
+    if recipe.data.streaming:
+        stream, held_out = load_stream(recipe.data, tokenizer, train.seed)
+        corpus = stream.seen
+    else:
+        corpus, held_out = load_data(recipe.data, tokenizer, train.seed)
     rows = _rows(corpus, recipe)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
@@ -85,13 +99,14 @@ def prepare(recipe: Recipe) -> Job:
         _rows(held_out, recipe),
         plan,
         train.steps or train.epochs * plan.steps_per_epoch,
+        stream,
     )
 
 
-def _rows(corpus: Corpus, recipe: Recipe) -> list[list[int]]:
+def _rows(corpus: Corpus, recipe: Recipe) -> Rows:
     if not recipe.data.packing:
-        return [[index] for index in range(len(corpus.samples))]
-    return pack(corpus.lengths.tolist(), recipe.data.seq_length)
+        return Rows.single(len(corpus.samples))
+    return pack(corpus.lengths, recipe.data.seq_length)
 
 
 def fingerprint(source: HfReader) -> str:

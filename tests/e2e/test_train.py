@@ -126,6 +126,28 @@ def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp
         assert abs(a / b - 1) <= 1e-5
 
 
+def test_a_streamed_run_stopped_and_moved_goes_on_with_the_same_rows(write_recipe, corpus, tmp_path):
+    """data.streaming: six steps on two data-parallel ranks; 4–6 again on one, from the third's checkpoint: equal losses, 1e-5.
+
+    Of 25 rows a window holds 10, so the run goes on within a window of the second epoch; the bad row is counted at the end.
+    """
+    path = tmp_path / "rows.jsonl"
+    path.write_text(corpus.read_text(encoding="utf-8") + "{}\n", encoding="utf-8")
+    data = {"train": str(path), "streaming": True, "streaming_window": 10, "on_bad_row": "skip", "seq_length": 256}
+    train = {"steps": 6, "save_interval": 3, "global_batch_size": 4}
+    recipe = write_recipe("moved", **LORA, data=data, train=train)
+    assert command("train", recipe, "parallel.world_size=2").returncode == 0
+    run = tmp_path / "moved"
+    whole = losses(run)
+    for file in (run / "checkpoints" / "step_000006").iterdir():
+        file.unlink()  # as if it had been stopped after step 3
+    ended = command("train", recipe)
+    assert ended.returncode == 0 and "resumed after step 3" in ended.stderr, ended.stderr[-3000:]
+    assert "streamed in windows of 10 rows" in ended.stderr and "bad rows skipped" in ended.stderr.splitlines()[-1]
+    for a, b in zip(losses(run), whole, strict=True):
+        assert abs(a / b - 1) <= 1e-5
+
+
 def test_a_merged_export_answers_and_chat_streams_it(checkpoints, tmp_path):
     ended = command("chat", checkpoints["air"], "--prompt", "你好", "--no-think", "--max-new-tokens", "8")
     assert ended.returncode == 0 and ended.stdout.strip()
