@@ -163,11 +163,13 @@ def data(
         corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
     else:
         corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
-    summary = report.summarise(corpus, recipe.data, tokenizer, kind)
+    summary = report.summarise(corpus, recipe, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
     else:
         report.show(corpus, summary, tokenizer, show, Console())
+    if not corpus.num_rows:
+        raise UserError(f"{source}: holds no rows.")
     if corpus.faults and recipe.data.on_bad_row == "error":
         raise UserError(
             f"{len(corpus.faults)} of {corpus.num_rows} rows are bad. Mend them, or train the rest with on_bad_row=skip."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
@@ -60,8 +60,8 @@ Sources = str | list[str | SourceConfig]
 
 
 class DataConfig(_Section):
-    train: Sources
-    """One source, or a list of them; a source is a path or {path, weight}."""
+    train: Sources = Field(validation_alias=AliasChoices("train", "source"))
+    """One source, or a list of them; a source is a path or {path, weight}. `source` is another name for it."""
     eval: Sources | None = None
     """Held-out sources."""
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0

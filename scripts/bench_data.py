@@ -1,13 +1,17 @@
 """How fast data becomes samples, and how full rows become. Run on a CPU: python scripts/bench_data.py [--rows 100000]
 
 Prints ratios of things timed side by side, and the seconds of this machine beside them.
+--memory ROWS: memory that building and reading so many rows takes, instead. --swift PYTHON: side by side with ms-swift, whose
+Python that is, on the same file, instead.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import resource
+import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -49,41 +53,180 @@ def compare_with_bare(path: Path, tokenizer, renderer) -> None:
     )
 
 
+def anonymous(pid: str = "self") -> float:
+    """MiB that belong to the process alone, mapped files left out."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
+
+
+class Peak:
+    """Largest anonymous memory of this process and of one of its workers, looked at five times a second, above `start`."""
+
+    def __init__(self):
+        self.start, self.own, self.worker, self._ended = anonymous(), 0.0, 0.0, False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._ended:
+            self.own = max(self.own, anonymous() - self.start)
+            for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                with contextlib.suppress(OSError, StopIteration):  # it has just ended
+                    self.worker = max(self.worker, anonymous(child))
+            time.sleep(0.2)
+
+    def end(self) -> tuple[float, float]:
+        self._ended = True
+        self._thread.join()
+        return self.own, self.worker
+
+
+def memory(count: int, holder: Path, tokenizer) -> None:
+    """Build the cache of `count` short rows, then pack and read all of it as training does."""
+    from glm45_tune.data.packing import pack
+    from glm45_tune.data.sources import load_data
+    from glm45_tune.data.stream import Stream
+    from glm45_tune.recipe import DataConfig
+
+    path = holder / "rows.jsonl"
+    write_rows(path, count, 4)
+    peak = Peak()
+    (corpus, _), seconds = timed(lambda: load_data(DataConfig(train=str(path), eval_ratio=0.01), tokenizer))
+    own, worker = peak.end()
+    print(
+        f"{count:,} rows built in {seconds:.0f} s: peak {own:.0f} MiB above the {peak.start:.0f} before, a worker {worker:.0f} MiB"
+    )
+    peak = Peak()
+    rows = pack(corpus.lengths, 8192)
+    tokens = sum(len(corpus.samples[index].input_ids) for row in rows for index in row)
+    print(f"packed and read {tokens:,} tokens: peak {peak.end()[0]:.0f} MiB above the {peak.start:.0f} before")
+    stream = Stream(DataConfig(train=str(path), streaming=True), tokenizer, 0)
+    peak = Peak()
+    while stream.seen.num_rows < min(count, 50_000):
+        stream.rows(16)
+    stream.close()
+    print(f"streamed {stream.seen.num_rows:,} rows: peak {peak.end()[0]:.0f} MiB above the {peak.start:.0f} before")
+
+
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "北京", "days": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]
+ASK, SAY = {"role": "user", "content": "北京今天天气怎么样?"}, {"role": "assistant", "content": "晴。"}
+THINK, RESULT = {**SAY, "reasoning_content": "查过了。"}, {"role": "tool", "content": "晴，21 度"}
+KINDS = {
+    "an answer": {"messages": [ASK, SAY]},
+    "a thought and an answer": {"messages": [ASK, THINK]},
+    "two turns with thoughts": {"messages": [ASK, THINK, ASK, THINK]},
+    "a system message": {"messages": [{"role": "system", "content": "简短。"}, ASK, SAY]},
+    "a call and its result": {
+        "messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, SAY], "tools": TOOLS
+    },
+    "a call with content null": {
+        "messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT, SAY], "tools": TOOLS
+    },
+    "two calls at once": {
+        "messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}, RESULT, RESULT, SAY], "tools": TOOLS
+    },
+    "a thought before a call": {
+        "messages": [ASK, {"role": "assistant", "content": "", "reasoning_content": "要查。", "tool_calls": [CALL]}, RESULT, THINK],
+        "tools": TOOLS,
+    },
+}  # fmt: skip
+
+
+def beside_swift(python: str, count: int, holder: Path, tokenizer, renderer) -> None:
+    """`count` plain rows of long-tailed lengths and 20 rows of each of KINDS, through both, one process each."""
+    from glm45_tune.data.packing import pack
+    from glm45_tune.data.sources import read_source
+    from glm45_tune.data.store import StoredSamples, render_all
+
+    path, out = holder / "rows.jsonl", holder / "swift.json"
+    write_rows(path, count, 100)
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    names = ["plain, long-tailed"] * count + [name for name in KINDS for _ in range(20)]
+    rows += [KINDS[name] for name in names[count:]]
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "number": n}, ensure_ascii=False) + "\n" for n, row in enumerate(rows))
+    (faults, _, _), seconds = timed(lambda: render_all(read_source(str(path)), renderer, holder / "ours.arrow", 0))
+    samples = StoredSamples.of_file(holder / "ours.arrow")
+    packed, packing = timed(lambda: pack(samples.lengths(), 8192))
+    fill = samples.lengths().sum() / len(packed) / 8192
+    ours = {sample.line - 1: sample.input_ids.tolist() for sample in samples}
+    print(
+        f"ours: {len(rows) / seconds:,.0f} rows/s, packing {packing:.3f} s, {fill:.3%} filled, {len(faults)} of {len(rows)} rows lost"
+    )
+    beside = Path(__file__).with_name("bench_data_swift.py")
+    command = [python, str(beside), str(holder / "tiny"), str(path), str(out), "8192"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run(command, cwd=holder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    said = json.loads(ended.stdout.strip().splitlines()[-1])
+    print(
+        f"ms-swift: {len(rows) / said['seconds']:,.0f} rows/s, packing {said['packing']:.3f} s, {said['fill']:.3%} filled, "
+        f"{len(rows) - said['kept']} of {len(rows)} rows lost"
+    )
+    theirs = {int(number): ids for number, ids in json.loads(out.read_text()).items()}
+    for name in dict.fromkeys(names):
+        numbers = [number for number, kind in enumerate(names) if kind == name]
+        equal = []
+        for made in (ours, theirs):
+            # what closes the last turn is not the template's; null is no text, which a template would print as None
+            ids = {n: _by_template(rows[n], tokenizer) for n in numbers}
+            equal.append(sum(made.get(n, [])[: len(ids[n])] == ids[n] for n in numbers))
+        print(f"  {name}: ids as the template's {equal[0]}, ms-swift {equal[1]} of {len(numbers)}")
+        number = numbers[0]
+        if equal[1] < len(numbers):
+            print(
+                f"    ours     {tokenizer.decode(ours[number])!r}\n    ms-swift {tokenizer.decode(theirs.get(number, []))!r}"
+            )
+
+
+def _by_template(row: dict, tokenizer) -> list[int]:
+    messages = [{**message, "content": message["content"] or ""} for message in row["messages"]]
+    return tokenizer.apply_chat_template(messages, tools=row.get("tools"), return_dict=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=100_000)
-    count = parser.parse_args().rows
+    parser.add_argument("--memory", type=int, metavar="ROWS")
+    parser.add_argument("--swift", metavar="PYTHON")
+    asked = parser.parse_args()
 
     from glm45_tune.data.chat import ChatRenderer, load_tokenizer
-    from glm45_tune.data.packing import pack
-    from glm45_tune.data.sources import load
     from glm45_tune.recipe import DataConfig
     from glm45_tune.tiny import checkpoint
 
-    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 100_000).astype(int), 8, 8192).tolist()
-    rows, seconds = timed(lambda: pack(lengths, 8192))
-    print(f"packing 100,000 into 8192: {sum(lengths) / len(rows) / 8192:.4%} filled, {seconds:.2f} s")
-
     with tempfile.TemporaryDirectory() as holder:
-        os.environ["GLM45_TUNE_CACHE"] = holder
-        path = Path(holder) / "rows.jsonl"
-        checkpoint.write(Path(holder) / "tiny")
-        tokenizer = load_tokenizer(Path(holder) / "tiny")
-        renderer = ChatRenderer(tokenizer, DataConfig(train=str(path), seq_length=8192))
-        for words in (25, 150):
-            write_rows(path, 3000, words)
-            compare_with_bare(path, tokenizer, renderer)
-        write_rows(path, count, 25)
-        corpus, first = timed(lambda: load(str(path), renderer))
-        (_, again) = timed(lambda: pack(load(str(path), renderer).lengths.tolist(), 8192))
-        total = int(corpus.lengths.sum())
-        print(
-            f"{count:,} rows, {total:,} tokens: first start {first:.1f} s, with a warm cache {again:.2f} s (packing included)"
-        )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(
-            f"peak memory of this process {peak:,.0f} MiB; cache {sum(f.stat().st_size for f in Path(holder, 'data').iterdir()) / 2**20:.0f} MiB"
-        )
+        holder = Path(holder)
+        os.environ["GLM45_TUNE_CACHE"] = str(holder)
+        checkpoint.write(holder / "tiny")
+        tokenizer = load_tokenizer(holder / "tiny")
+        renderer = ChatRenderer(tokenizer, DataConfig(train="rows", seq_length=8192))
+        if asked.memory:
+            memory(asked.memory, holder, tokenizer)
+        elif asked.swift:
+            beside_swift(asked.swift, asked.rows, holder, tokenizer, renderer)
+        else:
+            speed(asked.rows, holder, tokenizer, renderer)
+
+
+def speed(count: int, holder: Path, tokenizer, renderer) -> None:
+    from glm45_tune.data.packing import pack
+    from glm45_tune.data.sources import load
+
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 100_000).astype(int), 8, 8192)
+    rows, seconds = timed(lambda: pack(lengths, 8192))
+    print(f"packing 100,000 into 8192: {lengths.sum() / len(rows) / 8192:.4%} filled, {seconds:.2f} s")
+    path = holder / "rows.jsonl"
+    for words in (25, 150):
+        write_rows(path, 3000, words)
+        compare_with_bare(path, tokenizer, renderer)
+    write_rows(path, count, 25)
+    corpus, first = timed(lambda: load(str(path), renderer))
+    (_, again) = timed(lambda: pack(load(str(path), renderer).lengths, 8192))
+    print(
+        f"{count:,} rows, {int(corpus.lengths.sum()):,} tokens: first start {first:.1f} s, with a warm cache {again:.2f} s "
+        "(packing included)"
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-from glm45_tune.data.formats import canonical
+from glm45_tune.data.formats import canonical, field_of
 from glm45_tune.data.length import Tokens, fit
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig
@@ -78,10 +77,14 @@ class ChatRenderer:
         "\n<think></think>" when thinking is off; "</think>" then in 4.7.
         """
         question = [{"role": "user", "content": "?"}]
-        without, prompt = (
-            self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=generation, **options)
-            for generation in (False, True)
-        )
+        try:
+            without, prompt = (
+                self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=generation, **options)
+                for generation in (False, True)
+            )
+        except Exception as error:
+            where = self.tokenizer.name_or_path
+            raise DataError(f"{where}: its chat template cannot render a simple question: {error!r}") from error
         return self._ids(prompt.removeprefix(without))[1:]
 
     def _ids(self, text: str) -> list[int]:
@@ -97,8 +100,9 @@ class ChatRenderer:
         try:
             tokens, counts = self._tokens(canonical(row, self.options.format, self.kind))
         except DataError as error:
-            located = DataError(f"{source}:{line}: {error}")
-            located.field = error.field
+            field = error.field and field_of(row, error.field)
+            located = DataError(f"{source}:{line}: " + (str(error).replace(error.field, field, 1) if field else str(error)))
+            located.field = field
             raise located from None
         kept = row if self.kind == "rl" else None
         return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
@@ -176,8 +180,10 @@ class ChatRenderer:
                     "this checkpoint's chat template drops the thoughts of earlier turns: history_thinking keep cannot be had"
                 )
             return text
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the checkpoint's chat template refuses this conversation: {error}") from error
+        except DataError:
+            raise
+        except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
+            raise DataError(f"the checkpoint's chat template refuses this conversation: {error!r}") from error
 
     def _turns(self, text: str, messages: list[dict], tools: list | None, prompt: bool = False):
         """Of a conversation's text: ids int32, the place of each role token, and the number of the message that it opens."""
@@ -248,6 +254,10 @@ def _check_message(message: object, where: str) -> dict:
     if content is None:
         if role != "assistant":
             raise DataError("is null; only an assistant message may leave it out", f"{where}.content")
+        if not (message.get("tool_calls") or message.get("reasoning_content")):
+            raise DataError(
+                "is null or missing; an assistant message needs text, a thought or a tool call", f"{where}.content"
+            )
         content = ""  # the template would print the word None
     elif isinstance(content, list):
         for number, part in enumerate(content):

@@ -5,8 +5,13 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
 
 from glm45_tune.errors import DataError
 
@@ -42,28 +47,35 @@ def read_rows(path: Path, behind: int = 0) -> Iterator[tuple[int, dict | DataErr
     if behind and _kind(path) != ".jsonl":
         yield from ((line, row) for line, row in read_rows(path) if line > behind)
         return
-    kind = _kind(path)
-    if kind == ".parquet":
-        yield from _parquet(path)
-        return
-    with _open(path) as file:
-        try:
-            if kind == ".jsonl":
-                yield from _jsonl(file, behind)
-            else:
-                yield from {".json": _json, ".csv": _csv, ".txt": _txt}[kind](file)
-        except (UnicodeDecodeError, csv.Error, EOFError, OSError) as error:
-            yield 0, DataError(f"the file cannot be read on: {error}")
+    kind, line = _kind(path), 0
+    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt, ".parquet": _parquet}[kind]
+    try:
+        with _open(path) as file:
+            for line, row in reader(file, behind) if kind == ".jsonl" else reader(file):
+                yield line, row
+    except (
+        UnicodeDecodeError,
+        csv.Error,
+        EOFError,
+        OSError,
+        zlib.error,
+        zstandard.ZstdError,
+        pyarrow.ArrowException,
+    ) as error:
+        yield line + 1, DataError(f"the file cannot be read on: {error}")
 
 
-def _open(path: Path) -> io.TextIOBase:
+def _open(path: Path):
+    """The file, unpacked; of .csv, .json and .txt its text."""
     if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig")
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None)
+        file = gzip.open(path, "rb")
+    elif path.suffix == ".zst":
+        file = io.BufferedReader(zstandard.open(path, "rb"))
+    else:
+        file = open(path, "rb")
+    if _kind(path) in (".jsonl", ".parquet"):
+        return file
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if _kind(path) == ".csv" else None)
 
 
 def as_row(value: object) -> dict | DataError:
@@ -75,8 +87,8 @@ def _jsonl(file, behind: int) -> Iterator:
     for number, line in enumerate(file, start=1):
         if number > behind and line.strip():
             try:
-                yield number, as_row(json.loads(line))
-            except (ValueError, RecursionError) as error:
+                yield number, as_row(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 yield number, DataError(f"not JSON: {error}")
 
 
@@ -123,19 +135,12 @@ def _txt(file) -> Iterator:
         yield 1, {"text": text}
 
 
-def _parquet(path: Path) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, without_nulls(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield 0, DataError(f"the file cannot be read on: {error}")
+def _parquet(file) -> Iterator:
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, without_nulls(row)
 
 
 def without_nulls(value):

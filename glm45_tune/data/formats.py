@@ -18,6 +18,7 @@ rl               {"prompt"}, text or messages; or, where the format is named, "m
 """
 
 import json
+import re
 
 from glm45_tune.errors import DataError
 
@@ -40,10 +41,22 @@ _ALIASES = {
     "human": "user",
     "gpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
     "tool_response": "tool",
 }
+_CALLS = ("function_call", "tool_call")
 _KEPT = ("tools", "enable_thinking")
+
+
+def field_of(row: dict, field: str) -> str:
+    """What the row itself calls a field of its messages: `conversations[1].from` for `messages[2].role` behind a system text."""
+    found = re.match(r"messages\[(\d+)\](.*)", field)
+    if not found or format_of(row) != "sharegpt":
+        return field
+    number = int(found[1]) - bool(row.get("system"))
+    rest = {".role": ".from", ".content": ".value"}.get(found[2], found[2])
+    return "system" if number < 0 else f"conversations[{number}]{rest}"
 
 
 def format_of(row: dict) -> str | None:
@@ -112,19 +125,32 @@ def _list(row: dict, key: str) -> list:
 
 
 def _messages(row: dict) -> list:
-    return [_with_known_role(message) for message in _list(row, "messages")]
+    return _known(_list(row, "messages"))
+
+
+def _known(messages: list) -> list:
+    """Messages with their aliases resolved; calls that follow each other, or an assistant's text, are one assistant turn."""
+    made: list = []
+    for message in messages:
+        is_call = _role(message) in _CALLS
+        message = _with_known_role(message)
+        if is_call and made and _role(made[-1]) == "assistant":
+            made[-1] = {**made[-1], "tool_calls": [*(made[-1].get("tool_calls") or []), *message["tool_calls"]]}
+        else:
+            made.append(message)
+    return made
 
 
 def _with_known_role(message: object) -> object:
-    """Aliases of roles; a `function_call` message holds the call as JSON text."""
+    """Aliases of roles; a `function_call` or `tool_call` message holds the call as JSON text."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in _ALIASES:
         return message
     changed = {**message, "role": _ALIASES[message["role"]]}
-    if message["role"] == "function_call":
+    if message["role"] in _CALLS:
         try:
             calls = json.loads(message.get("content") or "")
         except (ValueError, TypeError) as error:
-            raise DataError(f"is not JSON: {error}", "content of a function_call") from None
+            raise DataError(f"is not JSON: {error}", f"content of a {message['role']}") from None
         calls = calls if isinstance(calls, list) else [calls]
         changed |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
     return changed
@@ -136,7 +162,7 @@ def _system(row: dict) -> list[dict]:
 
 def _sharegpt(row: dict) -> list:
     turns = enumerate(_list(row, "conversations"))
-    return _system(row) + [_with_known_role(_turn(turn, f"conversations[{number}]")) for number, turn in turns]
+    return _system(row) + _known([_turn(turn, f"conversations[{number}]") for number, turn in turns])
 
 
 def _is_turn(value: object) -> bool:
@@ -161,7 +187,7 @@ def _history(row: dict) -> list[dict]:
 
 
 def _alpaca(row: dict) -> list:
-    return [*_front(row, "instruction"), {"role": "assistant", "content": _text(row, "output")}]
+    return _front(row, "instruction") + _answer(row.get("output"), "output")
 
 
 def _prompt(row: dict) -> list:
@@ -169,7 +195,7 @@ def _prompt(row: dict) -> list:
 
 
 def _query(row: dict) -> list:
-    return [*_front(row, "query"), {"role": "assistant", "content": _text(row, "response")}]
+    return _front(row, "query") + _answer(row.get("response"), "response")
 
 
 _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt, "query": _query}
@@ -183,7 +209,7 @@ def _front(row: dict, field: str | None = None) -> list:
     if field == "conversations":
         return _sharegpt(row)
     if field == "prompt" and not isinstance(row.get("prompt"), str):
-        return _system(row) + [_with_known_role(message) for message in _list(row, "prompt")]
+        return _system(row) + _known(_list(row, "prompt"))
     if field == "instruction":
         question = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input"))))
     elif field:
@@ -200,10 +226,9 @@ def _answer(value: object, key: str) -> list:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise DataError(f"is {repr(value)[:40]}; text, a message or a list of messages is expected", key)
-    return [
-        _with_known_role(_turn(message, f"{key}[{n}]") if _is_turn(message) else message) for n, message in enumerate(value)
-    ]
+        came = "missing" if value is None else repr(value)[:40]
+        raise DataError(f"is {came}; text, a message or a list of messages is expected", key)
+    return _known([_turn(message, f"{key}[{n}]") if _is_turn(message) else message for n, message in enumerate(value)])
 
 
 def _both(row: dict) -> tuple[list, list]:

@@ -1,5 +1,7 @@
 """What training will see: counts, lengths, packing, every bad row, and samples with their trained tokens in colour."""
 
+from math import ceil
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -9,17 +11,20 @@ from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
 from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.sources import Corpus
-from glm45_tune.recipe import DataConfig
+from glm45_tune.recipe import Recipe
 
 TRAINED, CONTEXT, SPECIAL = "black on green", "dim", "bold"
 _EDGES = [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
-def summarise(corpus: Corpus, options: DataConfig, tokenizer, kind: str) -> dict:
+def summarise(corpus: Corpus, recipe: Recipe, tokenizer, kind: str) -> dict:
     """Numbers of a corpus of a kind, plain enough for JSON."""
+    options, settings = recipe.data, recipe.train
     lengths = corpus.lengths
     fitting = lengths[lengths <= options.seq_length]
     packed = pack(fitting, options.seq_length) if options.packing else Rows.single(len(fitting))
+    fill = float(fitting.sum()) / max(len(packed) * options.seq_length, 1)
+    steps = ceil(len(packed) / settings.global_batch_size)
     opens, closes, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<tool_call>"))
     thinking = tools = trained = 0
     for sample in corpus.samples:
@@ -42,7 +47,12 @@ def summarise(corpus: Corpus, options: DataConfig, tokenizer, kind: str) -> dict
         "tool_share": tools / max(len(lengths), 1),
         "seq_length": options.seq_length,
         "packed_rows": len(packed),
-        "fill_ratio": float(fitting.sum()) / max(len(packed) * options.seq_length, 1),
+        "fill_ratio": fill,
+        "padding_ratio": 1 - fill,
+        "steps_per_epoch": steps,
+        "epochs": settings.epochs or (settings.steps / steps if steps else 0.0),
+        "steps": settings.steps or settings.epochs * steps,
+        "duplicates": 0,
         **{reason.replace(" ", "_"): count for reason, count in sorted(corpus.counts.items())},
     }
 
