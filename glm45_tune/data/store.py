@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -175,6 +176,7 @@ def _start_worker(renderer: ChatRenderer) -> None:
     global _renderer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _renderer = renderer
+    gc.freeze()  # what was imported stays: the collector need not walk it again with every thousand rows (a tenth of the time)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

@@ -13,8 +13,8 @@ from glm45_tune.data.chat import ChatRenderer, load_tokenizer
 from glm45_tune.data.formats import FORMATS, canonical, format_of
 from glm45_tune.data.length import Tokens, fit
 from glm45_tune.data.sources import RENDERERS, kind_of, load, load_data, read_source
-from glm45_tune.errors import DataError
-from glm45_tune.recipe import DataConfig
+from glm45_tune.errors import DataError, RecipeError
+from glm45_tune.recipe import DataConfig, Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "data_examples"
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -378,3 +378,80 @@ def test_rows_are_held_out_whole_with_their_repetitions(tokenizer, tmp_path):
     train, held = load_data(options, tokenizer, seed=1)
     lines = [{sample.line for sample in corpus.samples} for corpus in (train, held)]
     assert len(lines[1]) == 4 and not lines[0] & lines[1] and len(train.samples) + len(held.samples) == 80
+
+
+def test_calls_by_alias_are_one_turn(renderer):
+    """tool_call as ms-swift writes it: calls that follow each other, and the text before them, are one assistant turn."""
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {"a": 1}}'}
+    messages = [Q, {"role": "assistant", "content": "look"}, call, call, {"role": "tool_response", "content": "r"}, A]
+    assert canonical({"messages": messages}) == {
+        "messages": [
+            Q,
+            {"role": "assistant", "content": "look", "tool_calls": [CALL, CALL]},
+            {"role": "tool", "content": "r"},
+            A,
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]}, "conversations[1].from"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None}]}, "conversations[1].value"),
+        ({"instruction": "q"}, "output"),
+        ({"query": "q", "response": None}, "response"),
+        ({"messages": [Q, {"role": "assistant", "content": None}]}, "messages[1].content"),
+    ],
+)  # fmt: skip
+def test_a_missing_answer_or_unknown_role_is_named_as_the_row_calls_it(renderer, row, field):
+    with pytest.raises(DataError) as fault:
+        renderer().render(row, "x", 1)
+    assert fault.value.field == field and str(fault.value).startswith(f"x:1: {field} is ")
+
+
+def test_damage_in_a_line_leaves_the_other_lines(renderer, tmp_path):
+    good = json.dumps({"text": "好"}, ensure_ascii=False).encode()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, b'{"text": "\xff"}', good]))
+    corpus = load(str(tmp_path / "x.jsonl"), renderer())
+    assert [sample.line for sample in corpus.samples] == [1, 3] and [fault.line for fault in corpus.faults] == [2]
+    whole = gzip.compress(b"\n".join([good] * 5000), compresslevel=0)
+    (tmp_path / "y.jsonl.gz").write_bytes(whole[:-3000])
+    corpus = load(str(tmp_path / "y.jsonl.gz"), renderer())
+    (fault,) = corpus.faults
+    assert 0 < len(corpus.samples) < 5000 and fault.line == len(corpus.samples) + 1 and "cannot be read on" in fault.message
+
+
+def test_a_template_that_raises_refuses_a_row_or_the_checkpoint(checkpoints):
+    tokenizer = load_tokenizer(checkpoints["air"])
+    whole = tokenizer.chat_template
+    tokenizer.chat_template = "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + whole
+    with pytest.raises(DataError, match="x:1: the checkpoint's chat template refuses this conversation.*no"):
+        ChatRenderer(tokenizer, DataConfig(train="x")).render({"messages": [Q, A]}, "x", 1)
+    tokenizer.chat_template = "{% if messages | length > 1 %}{{ 1 // 0 }}{% endif %}" + whole
+    with pytest.raises(DataError, match="refuses this conversation"):
+        ChatRenderer(tokenizer, DataConfig(train="x")).render({"messages": [Q, A]}, "x", 1)
+    for broken in ("{{ raise_exception('no') }}", "{% if %}"):
+        tokenizer.chat_template = broken
+        with pytest.raises(DataError, match="its chat template cannot render a simple question"):
+            ChatRenderer(tokenizer, DataConfig(train="x"))
+
+
+def test_no_rows_and_data_source(checkpoints, cli, tmp_path):
+    """An empty file is an error; `source` is another name of data.train."""
+    (tmp_path / "x.jsonl").write_text("\n")
+    code, out, err = cli("data", tmp_path / "x.jsonl", "--model", checkpoints["air"], "--json")
+    assert code == 2 and "holds no rows" in err and json.loads(out)["summary"]["rows"] == 0
+    assert DataConfig.model_validate({"source": "my_module:my_function"}).train == "my_module:my_function"
+    recipe = {"model": {"path": "m"}, "data": {"source": "a", "train": "b"}, "train": {"steps": 1}, "output_dir": "o"}
+    with pytest.raises(RecipeError, match="data.source"):
+        Recipe.from_dict(recipe)
+
+
+def test_the_summary_says_padding_and_steps(checkpoints, cli, tmp_path):
+    (tmp_path / "x.jsonl").write_text((json.dumps({"messages": [Q, A]}) + "\n") * 7)
+    overrides = ["packing=false", "seq_length=64"]
+    code, out, _ = cli("data", tmp_path / "x.jsonl", *overrides, "--model", checkpoints["air"], "--json")
+    summary = json.loads(out)["summary"]
+    assert code == 0 and summary["duplicates"] == 6 and summary["steps"] == summary["steps_per_epoch"] == 1
+    assert summary["padding_ratio"] == pytest.approx(1 - summary["tokens"] / (7 * 64))
