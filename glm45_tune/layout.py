@@ -1,7 +1,7 @@
 """Which rank holds what: pure arithmetic over a model and a parallel layout. No torch, no megatron."""
 
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 
 from glm45_tune.errors import LayoutError
 from glm45_tune.spec import ModelSpec
@@ -15,12 +15,27 @@ class Layout:
     pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
     world_size: int = 1
+
+    def __str__(self) -> str:
+        """`tensor 2 × context 1 × pipeline 4 (2 virtual) × data 1, expert 8`, what is 1 and seldom used left out."""
+        vpp, cp, etp = (
+            self.virtual_pipeline_model_parallel_size,
+            self.context_parallel_size,
+            self.expert_tensor_parallel_size,
+        )
+        dense = [f"tensor {self.tensor_model_parallel_size}", f"context {cp}" if cp > 1 else ""]
+        dense += [f"pipeline {self.pipeline_model_parallel_size}" + (f" ({vpp} virtual)" if vpp > 1 else "")]
+        dense += [f"data {self.data_parallel_size}"]
+        experts = f"expert {self.expert_model_parallel_size}" + (f" × expert tensor {etp}" if etp > 1 else "")
+        return f"{' × '.join(filter(None, dense))}, {experts}"
 
     @property
     def dense_ranks(self) -> int:
-        """Ranks that one replica of the dense weights takes."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that share one micro batch: one replica of the dense weights, once for each part of its tokens."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def expert_ranks(self) -> int:
@@ -29,8 +44,18 @@ class Layout:
 
     @property
     def smallest_world_size(self) -> int:
-        """The fewest ranks that satisfy both the dense and the expert grid."""
+        """The fewest ranks that satisfy both the dense and the expert grid; every multiple of them does too."""
         return lcm(self.dense_ranks, self.expert_ranks)
+
+    @property
+    def num_segments(self) -> int:
+        """Runs of layers the decoder is cut into; pipeline rank p holds p, p + pipeline size, …: its virtual stages."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of micro batches a step must divide by: the interleaved schedule moves them in groups."""
+        return self.pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size > 1 else 1
 
     @property
     def data_parallel_size(self) -> int:
@@ -39,17 +64,13 @@ class Layout:
     def check(self, spec: ModelSpec) -> None:
         """Raise LayoutError unless the model and the ranks divide as this layout asks."""
         tp, pp, ep = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.expert_model_parallel_size
-        etp = self.expert_tensor_parallel_size
-        if self.world_size % self.dense_ranks:
-            raise LayoutError(
-                f"tensor {tp} × pipeline {pp} = {self.dense_ranks} does not divide the {self.world_size} ranks of this "
-                f"job. Use a multiple of {self.smallest_world_size} ranks."
-            )
-        if self.world_size % self.expert_ranks:
-            raise LayoutError(
-                f"expert tensor {etp} × expert {ep} × pipeline {pp} = {self.expert_ranks} does not divide the "
-                f"{self.world_size} ranks of this job. Use a multiple of {self.smallest_world_size} ranks."
-            )
+        etp, cp, vpp = (
+            self.expert_tensor_parallel_size,
+            self.context_parallel_size,
+            self.virtual_pipeline_model_parallel_size,
+        )
+        self._must_fit((("tensor", tp), ("context", cp), ("pipeline", pp)))
+        self._must_fit((("expert tensor", etp), ("expert", ep), ("pipeline", pp)))
         _must_divide("expert_model_parallel_size", ep, "experts", spec.num_moe_experts)
         _must_divide("tensor_model_parallel_size", tp, "attention heads", spec.num_attention_heads)
         _must_divide("tensor_model_parallel_size", tp, "query groups", spec.num_query_groups)
@@ -57,21 +78,41 @@ class Layout:
         _must_divide("tensor_model_parallel_size", tp, "columns of the dense MLP", spec.ffn_hidden_size)
         _must_divide("tensor_model_parallel_size", tp, "columns of the shared expert", spec.shared_ffn_hidden_size)
         _must_divide("expert_tensor_parallel_size", etp, "columns of an expert", spec.moe_ffn_hidden_size)
-        if pp > spec.num_layers:
-            raise LayoutError(f"pipeline_model_parallel_size {pp} exceeds the {spec.num_layers} layers of the model.")
+        if pp == 1 and vpp > 1:
+            raise LayoutError(
+                f"virtual_pipeline_model_parallel_size {vpp} interleaves pipeline stages, and pipeline_model_parallel_size "
+                "is 1. Set it to 2 or more, or virtual_pipeline_model_parallel_size to 1."
+            )
+        if self.num_segments > spec.num_layers:
+            what = f"pipeline_model_parallel_size {pp}" + (
+                f" × virtual_pipeline_model_parallel_size {vpp} = {self.num_segments}" if vpp > 1 else ""
+            )
+            raise LayoutError(f"{what} exceeds the {spec.num_layers} layers of the model.")
+
+    def _must_fit(self, axes: tuple[tuple[str, int], ...]) -> None:
+        """Raise LayoutError unless the product of these axes divides the ranks; says which numbers of ranks are nearest."""
+        product, ranks = prod(size for _, size in axes), self.world_size
+        if ranks % product == 0:
+            return
+        smallest = self.smallest_world_size
+        near = [count for count in (ranks // smallest * smallest, (ranks // smallest + 1) * smallest) if count]
+        terms = " × ".join(f"{name} {size}" for name, size in axes if name != "context" or size > 1)
+        raise LayoutError(
+            f"{terms} = {product} does not divide the {ranks} ranks of this job. Use a multiple of {smallest} ranks; "
+            f"nearest: {' or '.join(map(str, near))}."
+        )
 
     def stage_layers(self, spec: ModelSpec, with_mtp: bool) -> list[int]:
-        """How many decoder layers each pipeline stage holds; sizes differ by at most one.
+        """How many decoder layers each segment holds (a pipeline stage, or a virtual one); sizes differ by at most one.
 
-        The MTP layer runs on the last stage and counts as one layer there, so that uneven depths (Air's 46 + 1) balance.
+        The MTP layer runs on the last one and counts as one layer there, so that uneven depths (Air's 46 + 1) balance.
         """
-        pp = self.pipeline_model_parallel_size
         total = spec.num_layers + (spec.mtp_num_layers if with_mtp else 0)
-        base, extra = divmod(total, pp)
-        # larger stages come first: the last one also carries the head
-        sizes = [base + (stage < extra) for stage in range(pp)]
+        base, extra = divmod(total, self.num_segments)
+        # larger ones come first: the last one also carries the head
+        sizes = [base + (segment < extra) for segment in range(self.num_segments)]
         sizes[-1] -= spec.mtp_num_layers if with_mtp else 0
-        if sizes[-1] < 1:  # a model so shallow that MTP filled the last stage
+        while sizes[-1] < 1:  # a model so shallow that MTP filled the last stage
             sizes[-1] += 1
             sizes[sizes.index(max(sizes))] -= 1
         return sizes

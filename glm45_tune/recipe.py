@@ -27,6 +27,10 @@ ALL_LINEAR = "all-linear"
 # what may stand in front of a name to narrow it
 FRONTS = ("self_attention", "self_attn", "mlp", "shared_experts", "experts", "mlp.shared_experts", "mlp.experts")
 
+# above it Adam's second moment falls by less than half a bf16 step and so stays where it is
+LARGEST_BF16_BETA2 = 0.99
+
+Dtype = Literal["bf16", "fp32"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -38,12 +42,19 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     path: str
     """Checkpoint directory, Hugging Face or megatron format."""
-    params_dtype: Literal["bf16", "fp32"] = "bf16"
+    params_dtype: Dtype = "bf16"
     """What weights and activations are computed in; bf16 keeps fp32 master weights of what is trained."""
     mtp_loss_scaling_factor: NotNegative = 0.0
     """Weight of the MTP layers' loss. 0 leaves the MTP layers out of training; export keeps them as they were."""
     moe_aux_loss_coeff: NotNegative = 0.0
     """Weight of the load-balancing loss. Fine-tuning needs none; the known GLM-4.5-Air recipe has 1e-3."""
+    moe_z_loss_coeff: NotNegative = 0.0
+    """Weight of the router's z-loss (arXiv:2202.08906), which keeps its logits small."""
+    moe_router_bias_update_rate: NotNegative = 0.0
+    """How far a step moves each expert's correction bias towards an even load (arXiv:2408.15664); 0 leaves the biases as they
+
+    are. GLM-4.5's pre-training had 1e-3. Full fine-tuning only: an adapter cannot carry biases.
+    """
 
 
 class SourceConfig(_Section):
@@ -159,6 +170,10 @@ class ParallelConfig(_Section):
     tensor_model_parallel_size: Positive = 1
     """Sequence parallelism goes with it."""
     pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive = 1
+    """Runs of layers a pipeline rank holds, interleaved; more of them shorten the pipeline's idle time. Any depth divides."""
+    context_parallel_size: Positive = 1
+    """Ranks that share the tokens of a row, for rows too long for one; every document is cut over all of them."""
     expert_model_parallel_size: Positive = 1
     expert_tensor_parallel_size: Positive = 1
     world_size: Positive | None = None
@@ -183,11 +198,24 @@ class OptimizerConfig(_Section):
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: NotNegative = 1.0
     """Largest gradient norm; 0 does not clip."""
+    exp_avg_dtype: Dtype = "fp32"
+    """What Adam's first moment is kept in; the arithmetic is fp32."""
+    exp_avg_sq_dtype: Dtype = "fp32"
+    """The same of the second moment."""
+    main_grads_dtype: Dtype = "fp32"
+    """What gradients are summed and reduced in; bf16 halves their memory, and rounds every micro batch's sum."""
+    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the optimizer's state (moments and fp32 masters) that waits in host memory between steps."""
 
     @model_validator(mode="after")
     def _falls(self):
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}")
+        if self.exp_avg_sq_dtype == "bf16" and self.adam_beta2 > LARGEST_BF16_BETA2:
+            raise ValueError(
+                f"exp_avg_sq_dtype bf16 needs adam_beta2 ≤ {LARGEST_BF16_BETA2} (it is {self.adam_beta2}): bf16 has 8 bits, "
+                "so a moment that changes by less than 1/256 a step would never fall"
+            )
         return self
 
 
@@ -199,6 +227,13 @@ class TrainConfig(_Section):
     epochs: Positive | None = None
     steps: Positive | None = None
     """Give epochs or steps."""
+    freeze: list[str] = []
+    """Weights that full fine-tuning leaves as they are: parts of names as the checkpoint or megatron (GPTModel) has them, such as
+
+    embed_tokens, router, self_attn, layers.0, layers.[0-9].mlp; `*` stands for anything. One that names nothing is an error.
+    """
+    deterministic: bool = False
+    """Two runs under the same layout end with the same bits. On a GPU this takes slower kernels."""
     seed: Annotated[int, Field(ge=0)] = 1234
     eval_interval: Positive | None = None
     """Steps between evaluations; null: at the end only."""
@@ -242,6 +277,19 @@ class Recipe(_Section):
     def _knows_its_end(self):
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming needs train.steps: how many rows an epoch has is not known beforehand")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_is_all_that_lora_trains(self):
+        if self.lora is not None and self.train.freeze:
+            raise ValueError("train.freeze is of full fine-tuning: LoRA freezes every weight; narrow lora.target_modules")
+        if self.lora is not None and self.model.moe_router_bias_update_rate:
+            raise ValueError(
+                "model.moe_router_bias_update_rate moves router biases, which an adapter cannot carry; set it to 0 or leave "
+                "lora out"
+            )
+        if self.optimizer.main_grads_dtype == "bf16" and self.model.params_dtype != "bf16":
+            raise ValueError("optimizer.main_grads_dtype bf16 needs model.params_dtype bf16")
         return self
 
     @classmethod
@@ -324,7 +372,7 @@ def _explain(fault: dict) -> str:
         return f"{where}: missing."
     message = fault["msg"].removeprefix("Value error, ")
     came = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
-    return f"{where}: {message}{came}."
+    return f"{where}: {message}{came}." if where else f"{message}{came}."
 
 
 def _keys_at(location: tuple[str, ...]) -> list[str]:

@@ -87,7 +87,7 @@ def recipe_dict(checkpoint, train, output, /, **sections) -> dict:
 
 
 def run_ranks(world_size: int, script: Path, arguments: list[str], timeout: float = 600) -> None:
-    """Run a Python script once a rank; fails with the output of the rank that failed."""
+    """Run a Python script once a rank; fails with the end of the output of every rank that failed."""
     import socket
 
     with socket.socket() as probe:
@@ -106,9 +106,9 @@ def run_ranks(world_size: int, script: Path, arguments: list[str], timeout: floa
     ]
     deadline = time.monotonic() + timeout
     try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=max(1, deadline - time.monotonic()))
-            assert rank.returncode == 0, output[-4000:]
+        outputs = [rank.communicate(timeout=max(1, deadline - time.monotonic()))[0] for rank in ranks]
+        failed = [f"rank {n}: {output[-2500:]}" for n, (rank, output) in enumerate(zip(ranks, outputs)) if rank.returncode]
+        assert not failed, "\n".join(failed)
     finally:
         for rank in ranks:
             if rank.poll() is None:

@@ -1,11 +1,12 @@
 """One micro batch: samples laid end to end, with positions, edges, labels and weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from glm45_tune.data.chat import Sample
+from glm45_tune.data.context import Share
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Batch:
     """T tokens, M = 1 + number of MTP layers predictions each.
 
     tokens, positions int64 [T]; bounds: edges of the documents, 0 first, T last; labels int64 [M, T]: what each position's
-    m-th prediction should be; weights float32 [M, T]: how much it counts.
+    m-th prediction should be; weights float32 [M, T]: how much it counts; num_padding: tokens at the end that are no data;
+    share: where the row is cut over context ranks, which part of it this is (bounds then are the edges of its pieces).
     """
 
     tokens: torch.Tensor
@@ -21,11 +23,29 @@ class Batch:
     bounds: list[int]
     labels: torch.Tensor
     weights: torch.Tensor
+    num_padding: int = 0
+    share: Share | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.positions, self.labels, self.weights))
-        tokens, positions, labels, weights = moved
-        return Batch(tokens, positions, self.bounds, labels, weights)
+        names = ("tokens", "positions", "labels", "weights")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, share=self.share and self.share.to(device))
+
+    def cut(self, share: Share, pad_id: int) -> "Batch":
+        """The part of this row that a context rank holds. The row must be data alone, or padding alone."""
+        assert self.num_padding in (0, len(self.tokens)), "padding inside a row that is to be cut"
+        index = torch.from_numpy(share.index).clamp(min=0)
+        is_padding = torch.from_numpy(share.index < 0)
+        num_padding = len(index) if self.num_padding else int(is_padding.sum())
+        return Batch(
+            self.tokens[index].masked_fill(is_padding, pad_id),
+            self.positions[index].masked_fill(is_padding, 0),
+            share.bounds,
+            self.labels[:, index].masked_fill(is_padding, pad_id),
+            self.weights[:, index].masked_fill(is_padding, 0),
+            num_padding,
+            share,
+        )
 
 
 def collate(samples: list[Sample], num_predictions: int, multiple: int, pad_id: int) -> Batch:
@@ -47,6 +67,7 @@ def collate(samples: list[Sample], num_predictions: int, multiple: int, pad_id: 
         np.cumsum([0, *lengths]).tolist(),
         torch.from_numpy(labels.astype(np.int64)),
         torch.from_numpy(weights.astype(np.float32)),
+        padding,
     )
 
 

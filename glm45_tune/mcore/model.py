@@ -12,23 +12,24 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer import TransformerConfig
 from megatron.core.tensor_parallel import checkpoint, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from glm45_tune.data.context import Share
 from glm45_tune.layout import Layout
 from glm45_tune.mcore.layers.attention import Attention, PackedRow, rotary_table
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
 from glm45_tune.mcore.layers.loss import linear_cross_entropy
 from glm45_tune.mcore.layers.moe import MoE
+from glm45_tune.mcore.layers.mtp import MTPLayer
 from glm45_tune.mcore.layers.norm import LayerNorm, RMSNorm
 from glm45_tune.mcore.layers.swiglu import GatedMLP
 from glm45_tune.spec import ModelSpec
@@ -51,7 +52,9 @@ class ModelOptions:
     recompute_num_layers: int | None = None
     recompute_modules: list[str] = field(default_factory=list)
     moe_aux_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float = 0.0
     moe_router_bias_update_rate: float = 0.0
+    deterministic: bool = False
 
 
 def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -> TransformerConfig:
@@ -87,6 +90,7 @@ def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss" if options.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
+        moe_z_loss_coeff=options.moe_z_loss_coeff or None,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=True,
         mtp_num_layers=spec.mtp_num_layers if options.with_mtp and spec.mtp_num_layers else None,
@@ -96,6 +100,8 @@ def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         sequence_parallel=layout.tensor_model_parallel_size > 1,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_more_than_one(layout.virtual_pipeline_model_parallel_size),
+        context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         variable_seq_lengths=True,
@@ -104,6 +110,7 @@ def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -
         perform_initialization=False,  # every weight comes from a checkpoint
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
+        deterministic_mode=options.deterministic,
     )
     config.recompute_modules = options.recompute_modules  # megatron knows no `attention`
     return config
@@ -121,6 +128,10 @@ class AttentionLayer(TransformerLayer):
             return super().forward(hidden_states=hidden_states, **others)
         half = super().forward
         return checkpoint(lambda hidden: half(hidden_states=hidden, **others)[0], False, hidden_states), None
+
+
+def _more_than_one(size: int) -> int | None:
+    return size if size > 1 else None
 
 
 class Stack(HybridStack):
@@ -174,7 +185,7 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
             mtp_block_spec=ModuleSpec(
                 module=MultiTokenPredictionBlock,
                 submodules=MultiTokenPredictionBlockSubmodules(
-                    layer_specs=[ModuleSpec(module=MultiTokenPredictionLayer, submodules=mtp_layer)]
+                    layer_specs=[ModuleSpec(module=MTPLayer, submodules=mtp_layer)]
                 ),
             ),
         ),
@@ -182,9 +193,12 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
 
 
 class GLM45Model(HybridModel):
-    """One pipeline stage of the model. Input is one packed row; the last stage returns losses or logits."""
+    """One pipeline stage of the model (vp_stage: or one of its virtual stages). Input is one packed row, or this context rank's
 
-    def __init__(self, spec: ModelSpec, layout: Layout, options: ModelOptions = ModelOptions()):
+    part of it; the last stage returns losses or logits.
+    """
+
+    def __init__(self, spec: ModelSpec, layout: Layout, options: ModelOptions = ModelOptions(), vp_stage: int | None = None):
         config = transformer_config(spec, layout, options)
         super().__init__(
             config,
@@ -192,30 +206,42 @@ class GLM45Model(HybridModel):
             vocab_size=spec.vocab_size,
             max_sequence_length=0,
             hybrid_layer_pattern=layout.hybrid_pattern(spec, config.mtp_num_layers is not None),
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=vp_stage,
         )
         self.spec = spec
         self.recomputes = options.recompute_granularity is not None
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, bounds: list[int], labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        bounds: list[int],
+        labels: torch.Tensor | None = None,
+        num_padding: int = 0,
+        share: Share | None = None,
     ) -> torch.Tensor:
-        """tokens, positions: int64 [T]; bounds: document edges; labels: int64 [1 + MTP layers, T], what each should predict.
+        """tokens, positions: int64 [T]; bounds: document edges; labels: int64 [1 + MTP layers, T], what each should predict;
 
+        num_padding: tokens at the end that are no data; share: this context rank's part of the row (see `data/batch.py`).
         Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T]. Without labels: the logits
         [T, words of this tensor rank]. Other stages: hidden states for the next one.
         """
         rotary = rotary_table(positions, self.spec.kv_channels, self.spec.rotary_percent, self.spec.rotary_base)
-        row = PackedRow(bounds, tokens.device)
+        row = PackedRow(bounds, tokens.device, share, labels)
+        padding = self._padding_mask(tokens, num_padding)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens[None], position_ids=positions[None])
-            if self.recomputes and torch.is_grad_enabled() and not hidden.requires_grad:
-                # megatron's recompute passes gradients only where an input asks for one, which a frozen embedding's does not
+            if torch.is_grad_enabled() and not hidden.requires_grad and (self.recomputes or not self._trains_layers):
+                # megatron's recompute passes gradients only where an input asks for one, which a frozen embedding's does not;
+                # and its pipeline takes every stage's output to have one
                 hidden.requires_grad_()
-        hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
+        hidden = self.decoder(
+            hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row, padding_mask=padding
+        )
         if not self.post_process:
             return hidden
         if labels is None:
@@ -227,6 +253,7 @@ class GLM45Model(HybridModel):
                 position_ids=positions[None],
                 hidden_states=hidden,
                 attention_mask=None,
+                padding_mask=padding,
                 rotary_pos_emb=rotary,
                 packed_seq_params=row,
                 embedding=self.embedding,
@@ -234,6 +261,18 @@ class GLM45Model(HybridModel):
             depths = hidden.chunk(1 + self.config.mtp_num_layers)
         losses = [self._cross_entropy(hidden, wanted) for hidden, wanted in zip(depths, labels)]
         return torch.stack(losses)
+
+    @property
+    def _trains_layers(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.decoder.parameters())
+
+    def _padding_mask(self, tokens: torch.Tensor, num_padding: int) -> torch.Tensor | None:
+        """bool [1, T (cut under sequence parallel)]: which of the tokens that a router of this rank sees are no data."""
+        if not num_padding:
+            return None
+        mask = torch.arange(len(tokens), device=tokens.device) >= len(tokens) - num_padding
+        tp = parallel_state.get_tensor_model_parallel_group()
+        return mask.chunk(tp.size())[tp.rank()][None]
 
     def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         head = self.output_layer

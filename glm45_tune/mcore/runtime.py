@@ -18,12 +18,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(layout: Layout, seed: int = 1234) -> None:
+def start(layout: Layout, seed: int = 1234, deterministic: bool = False) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (alone when they are absent).
 
     Safe to call again with another layout in one process: the parallel state is rebuilt over the same ranks.
     """
     global _started
+    _choose_algorithms(deterministic)
     if not torch.cuda.is_available() and not _started:
         cpu.enter()
     _started = True
@@ -45,6 +46,10 @@ def start(layout: Layout, seed: int = 1234) -> None:
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size > 1 else None
+        ),
     )
     if torch.cuda.is_available():
         _open_groups()
@@ -64,11 +69,23 @@ def _open_groups() -> None:
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_expert_model_parallel_group(),
         parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_context_parallel_group(),
     }:
         dist.all_reduce(spoken, group=group)
     ranks = parallel_state.get_expert_model_parallel_world_size()
     sent = torch.zeros(ranks, device=device())
     dist.all_to_all_single(torch.empty_like(sent), sent, group=parallel_state.get_expert_model_parallel_group())
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """Let torch refuse what would not give the same bits twice, or allow it again. On a CPU nothing changes."""
+    if deterministic:
+        # read when cuBLAS and NCCL start: a workspace of fixed size, and one way of summing over ranks
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs a write of every new tensor
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_all(seed: int) -> None:

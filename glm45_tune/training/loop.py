@@ -23,7 +23,7 @@ from glm45_tune.training.schedule import learning_rate
 
 def run(job: Job) -> None:
     """Train, resuming from the run's last complete checkpoint. Called by every rank; only the first one writes."""
-    runtime.start(job.layout, job.recipe.train.seed)
+    runtime.start(job.layout, job.recipe.train.seed, job.recipe.train.deterministic)
     is_first = dist.get_rank() == 0
     if is_first:
         prepare.open_run_directory(job)
@@ -112,12 +112,14 @@ def _train_step(job: Job, trainer: Trainer, step: int) -> dict[str, float]:
         values["train/mtp_loss"] = sum(result.losses[1:]) / len(result.losses[1:])
     if trainer.has_aux_loss:
         values["train/aux_loss"] = result.aux_loss
+    if trainer.has_z_loss:
+        values["train/z_loss"] = result.z_loss
     return values
 
 
 def _evaluate(job: Job, trainer: Trainer) -> float:
     """Mean loss of the next token over the held-out rows."""
-    batch = job.recipe.train.micro_batch_size * job.layout.data_parallel_size
+    batch = job.recipe.train.micro_batch_size * job.layout.data_parallel_size * job.layout.microbatch_multiple
     size = -(-len(job.eval_rows) // batch) * batch
     plan = BatchPlan(len(job.eval_rows), size, job.recipe.train.micro_batch_size, job.layout.data_parallel_size, 0)
     rows = [[job.held_out.samples[index] for index in job.eval_rows[row]] for row in plan.rows_of_step(0)]
@@ -160,12 +162,11 @@ def _introduce(job: Job, trainer: Trainer, step: int) -> None:
     recipe, layout, spec = job.recipe, job.layout, job.source.spec
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
     what = f"LoRA r {recipe.lora.r} on {', '.join(recipe.lora.targets)}" if recipe.lora else "all weights"
+    what += f" but {', '.join(recipe.train.freeze)}" if recipe.train.freeze else ""
     lines = [
         f"model     {recipe.model.path}: {spec.num_layers} layers, {spec.num_moe_experts} experts, {recipe.model.params_dtype}",
         f"training  {what}: {trained:,} weights on this rank",
-        f"layout    tensor {layout.tensor_model_parallel_size} × pipeline {layout.pipeline_model_parallel_size} × "
-        f"data {layout.data_parallel_size}, expert {layout.expert_model_parallel_size}: {layout.world_size} ranks on "
-        f"{runtime.device().type}",
+        f"layout    {layout}: {layout.world_size} ranks on {runtime.device().type}",
         f"data      {_data_line(job)}",
         *_left_out(job),
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm45_tune.conversion.hf_files import HfDir
+from glm45_tune.conversion.patterns import frozen
 from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import Sample, load_tokenizer
@@ -78,6 +79,14 @@ def prepare(recipe: Recipe) -> Job:
             f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
             f"{train.micro_batch_size} × {layout.data_parallel_size} data-parallel ranks = {share}."
         )
+    if (microbatches := train.global_batch_size // share) % layout.microbatch_multiple:
+        raise RecipeError(
+            f"train.global_batch_size {train.global_batch_size} makes {microbatches} micro batches a step; interleaved pipeline "
+            f"stages (virtual_pipeline_model_parallel_size {layout.virtual_pipeline_model_parallel_size}) need a multiple of "
+            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
+            f"{share * layout.microbatch_multiple}."
+        )
+    frozen(source.spec, train.freeze, with_mtp=recipe.model.mtp_loss_scaling_factor > 0)
     check_run_directory(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
     stream = None
@@ -144,6 +153,7 @@ def _shape_of_training(recipe: Recipe) -> dict:
     return {
         "lora": recipe.lora.model_dump() if recipe.lora else None,
         "mtp": recipe.model.mtp_loss_scaling_factor > 0,
+        "freeze": recipe.train.freeze,
     }
 
 

@@ -13,6 +13,11 @@ def train(checkpoints, corpus, make_recipe, tmp_path, cli):
     def run(change=lambda recipe: None, overrides=()):
         recipe = make_recipe(checkpoints["air"], corpus, tmp_path / "run")
         change(recipe)
+        if recipe["model"]["path"] == "DEEP":
+            recipe["model"]["path"] = str(checkpoints["355b"])
+        if recipe["data"]["train"] == "EMPTY":
+            recipe["data"]["train"] = str(tmp_path / "empty.jsonl")
+            (tmp_path / "empty.jsonl").write_text("")
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         code, _, err = cli("train", path, *overrides)
@@ -44,8 +49,20 @@ FAULTS = {
     ),
     "ranks not divisible": (
         _set(parallel={"tensor_model_parallel_size": 2, "world_size": 3}),
-        ["tensor 2 × pipeline 1 = 2 does not divide the 3 ranks"],
+        ["tensor 2 × pipeline 1 = 2 does not divide the 3 ranks", "nearest: 2 or 4"],
     ),
+    "batch too small for interleaved stages": (
+        _set(
+            model={"path": "DEEP"},
+            parallel={"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "world_size": 2},
+            train={"global_batch_size": 3},
+        ),
+        ["global_batch_size 3 makes 3 micro batches", "a multiple of 2"],
+    ),
+    "freeze of nothing": (_set(train={"freeze": ["embeddings"]}), ["train.freeze: 'embeddings' names no weight"]),
+    "freeze of everything": (_set(train={"freeze": ["*"]}), ["leave no weight to train"]),
+    "learning rate of 0": (_set(optimizer={"lr": 0}), ["optimizer.lr", "greater than 0", "0"]),
+    "no rows": (_set(data={"train": "EMPTY"}), ["none is left to train on"]),
     "batch not divisible": (
         _set(train={"global_batch_size": 3}, parallel={"world_size": 2}),
         ["global_batch_size 3", "multiple"],

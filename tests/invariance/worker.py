@@ -1,11 +1,14 @@
 """Run by every rank: one optimizer step under each of several layouts, on the same data, saving what came of it.
 
 Arguments: a JSON file of cases (name, recipe, optional sabotage) and a directory. For each case rank 0 leaves the metrics of
-the step in NAME.json and all ranks a checkpoint in NAME/, whose first Adam moment is a tenth of the gradient.
+the step, and the held-out loss that the updated weights give, in NAME.json, and all ranks a checkpoint in NAME/: the updated
+weights and Adam's first moment, a tenth of the gradient.
 """
 
+import functools
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +16,8 @@ import torch.distributed as dist
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import Recipe
-from glm45_tune.training.loop import _train_step
+from glm45_tune.training import prepare as preparing
+from glm45_tune.training.loop import _evaluate, _train_step
 from glm45_tune.training.prepare import prepare
 
 
@@ -26,20 +30,56 @@ def sabotage(trainer: Trainer, kind: str | None) -> None:
         for parameter in trainer.module.parameters():
             if not getattr(parameter, "allreduce", True):
                 parameter.register_hook(lambda gradient: gradient * (1 + dist.get_rank()))
+    elif kind == "keys forget what other context ranks saw of them":
+        from glm45_tune.mcore.layers import context_parallel
+
+        scatter = context_parallel.dist.reduce_scatter_tensor
+
+        def own_part(output, whole, group):
+            scatter(output, whole, group=group)
+            output.copy_(whole.chunk(group.size())[group.rank()])
+
+        context_parallel.dist.reduce_scatter_tensor = own_part
+        trainer.undo = lambda: setattr(context_parallel.dist, "reduce_scatter_tensor", scatter)
+    elif kind == "padding counts as tokens":
+        for chunk in trainer.module:
+            mask = chunk._padding_mask
+            chunk._padding_mask = lambda tokens, num_padding, mask=mask: mask(tokens, 0)
     else:
         assert kind is None, kind
 
 
-def main(cases: Path, output: Path) -> None:
-    for case in json.loads(cases.read_text()):
-        job = prepare(Recipe.from_dict(case["recipe"]))
-        runtime.start(job.layout, job.recipe.train.seed)
-        trainer = Trainer(job.recipe, job.layout, job.source)
-        sabotage(trainer, case.get("sabotage"))
+def run(case: dict, output: Path) -> None:
+    """ "steps" in a case: train so many steps and keep their losses only."""
+    job = prepare(Recipe.from_dict(case["recipe"]))
+    runtime.start(job.layout, job.recipe.train.seed, job.recipe.train.deterministic)
+    trainer = Trainer(job.recipe, job.layout, job.source)
+    trainer.undo = lambda: None
+    sabotage(trainer, case.get("sabotage"))
+    if "steps" in case:
+        values = {"losses": [_train_step(job, trainer, step)["train/loss"] for step in range(case["steps"])]}
+    else:
         values = _train_step(job, trainer, 0)
+        if job.eval_rows:
+            values["eval/loss"] = _evaluate(job, trainer)
         checkpoint.save(trainer, output / case["name"], job.source.config, {"step": 1})
+    if case.get("resume"):
+        again = Trainer(job.recipe, job.layout, job.source)
+        checkpoint.restore(again, output / case["name"])
+        for key, each in (("straight", trainer), ("resumed", again)):
+            values[key] = [_train_step(job, each, step)["train/loss"] for step in (1, 2)]
+    trainer.undo()
+    if dist.get_rank() == 0:
+        (output / f"{case['name']}.json").write_text(json.dumps(values))
+
+
+def main(cases: Path, output: Path) -> None:
+    preparing.load_tokenizer = functools.lru_cache(preparing.load_tokenizer)  # most of what a small case costs
+    for case in json.loads(cases.read_text()):
+        started = time.perf_counter()
+        run(case, output)
         if dist.get_rank() == 0:
-            (output / f"{case['name']}.json").write_text(json.dumps(values))
+            print(f"{case['name']}: {time.perf_counter() - started:.1f} s", flush=True)
     runtime.stop()
 
 

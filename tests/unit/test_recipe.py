@@ -49,6 +49,19 @@ FAULTS = [
     ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, ["optimizer", "min_lr 1e-05 exceeds lr"]),
     ({"model": {"path": "m", "params_dtype": "fp16"}}, ["model.params_dtype", "'bf16' or 'fp32'", "'fp16'"]),
     ({"data": {"train": "d", "eval": "e", "eval_ratio": 0.1}}, ["data", "eval and eval_ratio"]),
+    ({"parallel": {"context_parallel": 2}}, ["parallel.context_parallel: unknown key", "context_parallel_size"]),
+    ({"parallel": {"virtual_pipeline_model_parallel_size": 0}}, ["virtual_pipeline_model_parallel_size", "greater than 0"]),
+    ({"optimizer": {"exp_avg_dtype": "fp8"}}, ["optimizer.exp_avg_dtype", "'bf16' or 'fp32'"]),
+    ({"optimizer": {"exp_avg_sq_dtype": "bf16", "adam_beta2": 0.999}}, ["adam_beta2 ≤ 0.99", "it is 0.999"]),
+    ({"optimizer": {"optimizer_offload_fraction": 1.5}}, ["optimizer_offload_fraction", "less than or equal to 1"]),
+    (
+        {"optimizer": {"main_grads_dtype": "bf16"}, "model": {"path": "m", "params_dtype": "fp32"}},
+        ["main_grads_dtype bf16 needs model.params_dtype bf16"],
+    ),
+    ({"train": {"epochs": 1, "freeze": ["router"]}, "lora": {}}, ["train.freeze", "narrow lora.target_modules"]),
+    ({"train": {"epochs": 1, "freeze": "router"}}, ["train.freeze", "list"]),
+    ({"model": {"path": "m", "moe_router_bias_update_rate": 1e-3}, "lora": {}}, ["an adapter cannot carry"]),
+    ({"model": {"path": "m", "moe_z_loss_coeff": -1}}, ["model.moe_z_loss_coeff", "greater than or equal to 0"]),
 ]
 
 
@@ -98,7 +111,15 @@ def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
         Layout(
             2, 4, world_size=12
         ): "tensor 2 × pipeline 4 = 8 does not divide the 12 ranks of this job. Use a multiple of 8 ranks",
+        Layout(2, 4, world_size=20): "Use a multiple of 8 ranks; nearest: 16 or 24.",
+        Layout(2, 4, world_size=4): "nearest: 8.",
+        Layout(context_parallel_size=4, world_size=6): "tensor 1 × context 4 × pipeline 1 = 4 does not divide the 6 ranks",
+        Layout(expert_model_parallel_size=4, expert_tensor_parallel_size=2, world_size=12): "nearest: 8 or 16",
         Layout(pipeline_model_parallel_size=4, world_size=4): "exceeds the 3 layers",
+        Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, world_size=2): (
+            "pipeline_model_parallel_size 2 × virtual_pipeline_model_parallel_size 2 = 4 exceeds the 3 layers"
+        ),
+        Layout(virtual_pipeline_model_parallel_size=2, world_size=2): "pipeline_model_parallel_size is 1",
     }
     for layout, words in faults.items():
         with pytest.raises(LayoutError) as fault:
@@ -107,16 +128,24 @@ def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
 
 
 @pytest.mark.parametrize(
-    "num_layers, mtp, stages", [(46, 1, 8), (92, 1, 16), (92, 0, 7), (3, 1, 3), (5, 1, 2), (2, 1, 2), (1, 1, 1)]
+    "num_layers, mtp, stages, virtual",
+    [
+        *((46, 1, 8, 1), (92, 1, 16, 1), (92, 0, 7, 1), (3, 1, 3, 1), (5, 1, 2, 1), (2, 1, 2, 1), (1, 1, 1, 1)),
+        *((46, 1, 4, 3), (92, 1, 8, 5), (5, 1, 2, 2), (4, 1, 2, 2)),
+    ],
 )
-def test_stages_cover_every_layer_once_and_evenly(checkpoints, num_layers, mtp, stages):
+def test_stages_cover_every_layer_once_and_evenly(checkpoints, num_layers, mtp, stages, virtual):
+    """Also what a rank holds in all: its virtual stages together differ by at most one layer from another rank's."""
     import dataclasses
 
     spec = dataclasses.replace(load_spec(checkpoints["air"]), num_layers=num_layers, num_dense_layers=1, mtp_num_layers=mtp)
-    layout = Layout(pipeline_model_parallel_size=stages, world_size=stages)
+    layout = Layout(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual, world_size=stages)
     sizes = layout.stage_layers(spec, with_mtp=bool(mtp))
-    assert sum(sizes) == num_layers and len(sizes) == stages and min(sizes) >= 1
-    assert max(sizes) - min([*sizes[:-1], sizes[-1] + mtp]) <= 1
+    assert sum(sizes) == num_layers and len(sizes) == stages * virtual and min(sizes) >= 1
+    loads = [*sizes[:-1], sizes[-1] + mtp]
+    assert max(sizes) - min(loads) <= 1
+    of_rank = [sum(loads[rank::stages]) for rank in range(stages)]
+    assert max(of_rank) - min(of_rank) <= 1 + (num_layers + mtp < 2 * stages * virtual)
     pattern = layout.hybrid_pattern(spec, bool(mtp))
     assert pattern.replace("|", "") == "*-" + "*E" * (num_layers - 1) + "/*E" * mtp
-    assert pattern.count("|") == stages - 1
+    assert pattern.count("|") == stages * virtual - 1

@@ -14,6 +14,8 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from glm45_tune.data.context import Share
+from glm45_tune.mcore.layers.context_parallel import context_attention
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
 from glm45_tune.mcore.layers.norm import RMSNorm
 
@@ -158,6 +160,8 @@ class Attention(MegatronModule):
             query = rotate(self.q_layernorm(query), rotary_pos_emb)
             key = rotate(self.k_layernorm(key), rotary_pos_emb)
         attend = partial(packed_attention, row=packed_seq_params)
+        if packed_seq_params.share is not None:
+            attend = partial(context_attention, share=packed_seq_params.share)
         if self.recompute and self.training:
             context = checkpoint(attend, False, query, key, value)
         else:
@@ -170,15 +174,21 @@ def _no_norm(**_):
 
 
 class PackedRow(PackedSeqParams):
-    """megatron's packed parameters with the document edges on the host too, so that no layer waits for the device."""
+    """megatron's packed parameters with the document edges on the host too, so that no layer waits for the device.
 
-    def __init__(self, bounds: list[int], device: torch.device):
+    share: this context rank's part of the row, None where a rank has all of it; ahead: int64 [1 + MTP layers, T], the tokens
+    1, 2, … places on from each position.
+    """
+
+    def __init__(
+        self, bounds: list[int], device: torch.device, share: Share | None = None, ahead: torch.Tensor | None = None
+    ):
         edges = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
         longest = int(np.diff(bounds).max())
         super().__init__(
             qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest
         )
-        self.bounds = bounds
+        self.bounds, self.share, self.ahead = bounds, share, ahead
 
     @functools.cached_property
     def cudnn(self) -> dict:

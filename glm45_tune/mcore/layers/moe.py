@@ -80,18 +80,19 @@ class MoE(MoELayer):
         self.etp_group = pg_collection.expt_tp
         self.recompute = "moe" in (config.recompute_modules or [])
 
-    def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
-        """[T, 1, hidden] → (same, no bias)."""
+    def forward(self, hidden_states: torch.Tensor, padding_mask=None, **_) -> tuple[torch.Tensor, None]:
+        """[T, 1, hidden] → (same, no bias). padding_mask: bool [1, T], True where a token is no data; None: all are."""
+        padding_mask = None if padding_mask is None else padding_mask.t()
         if self.recompute and self.training:
-            return checkpoint(self._forward, False, hidden_states), None
-        return self._forward(hidden_states), None
+            return checkpoint(self._forward, False, hidden_states, padding_mask), None
+        return self._forward(hidden_states, padding_mask), None
 
-    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        probs, experts = self.router(hidden)
+    def _forward(self, hidden: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        probs, experts = self.router(hidden, padding)
         x = hidden.flatten(0, 1)
         plan = plan_rows(experts, self.config.num_moe_experts)
         counts = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
-        self.router.count(counts)
+        self.router.count(counts, experts, padding)
         if self.ep_group.size() == 1 and self.etp_group.size() == 1:
             shared = self.shared_experts.project(self.shared_experts.activate(hidden))
             return self.experts(x, probs, plan, shared.flatten(0, 1)).view_as(hidden)

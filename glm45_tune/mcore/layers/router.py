@@ -1,7 +1,19 @@
-"""megatron's top-k router, giving each token's experts as a list instead of a table over all experts."""
+"""megatron's top-k router, giving each token's experts as a list instead of a table over all experts.
+
+Its losses and counts are over the real tokens of a micro batch, whatever share of them a rank holds. megatron's own take every
+tensor and context rank to hold equally many tokens, all of them data; ours differ by the padding that evens out tensor ranks
+and by documents whose length context ranks do not divide.
+"""
 
 import torch
-from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss, topk_routing_with_score_function
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    switch_load_balancing_loss_func,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 
 
@@ -31,14 +43,18 @@ class _Gate(torch.autograd.Function):
 
 
 class Router(TopKRouter):
-    """forward: [T, 1, hidden] → (probs fp32 [T, K], experts int64 [T, K]) instead of two [T, E] tables."""
+    """forward: [T, 1, hidden] → (probs fp32 [T, K], experts int64 [T, K]) instead of two [T, E] tables.
+
+    padding_mask: bool [T, 1], True where a token is no data; None where all are.
+    """
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         return _Gate.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
 
-    def routing(self, logits: torch.Tensor, padding_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        logits = self.apply_z_loss(logits.flatten(0, -2))
+        padding = None if padding_mask is None else padding_mask.flatten()
+        logits = self.apply_z_loss(logits.flatten(0, -2), padding)
         probs, experts = topk_routing_with_score_function(
             logits,
             self.topk,
@@ -51,11 +67,45 @@ class Router(TopKRouter):
             dense_output=True,
         )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+            chosen, scores = compute_routing_scores_for_aux_loss(
+                logits, self.topk, self.score_function, padding_mask=padding
+            )
             probs = self._apply_aux_loss(probs, scores, chosen)
         return probs, experts
 
-    def count(self, rows: torch.Tensor) -> None:
-        """Add a micro batch's rows for every expert, int [E], to what balancing and the expert load go by."""
-        if torch.is_grad_enabled():  # neither in evaluation nor in the first pass of recompute
-            self.local_tokens_per_expert += rows
+    def count(self, rows: torch.Tensor, experts: torch.Tensor, padding: torch.Tensor | None) -> None:
+        """Add a micro batch's rows for every expert, int [E], to what balancing and the expert load go by: but for padding."""
+        if not torch.is_grad_enabled():  # neither in evaluation nor in the first pass of recompute
+            return
+        self.local_tokens_per_expert += rows
+        if padding is not None:
+            every = torch.arange(len(rows), device=experts.device)
+            chosen = experts.detach().masked_fill(~padding, -1)
+            self.local_tokens_per_expert -= (chosen.flatten().unsqueeze(1) == every).sum(0)
+
+    def _apply_aux_loss(self, probs, scores_for_aux_loss, routing_map, with_padding_mask=True):
+        """scores and map [T, E] are 0 at padding. The loss of the micro batch is the sum of its ranks' parts."""
+        coeff = self.get_aux_loss_coeff("aux_loss")
+        counts = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
+        loss = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=counts,
+            total_num_tokens=(counts.sum() / self.topk).clamp(min=1),  # a micro batch of padding has none
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,
+            moe_aux_loss_coeff=coeff,
+        )
+        return self.attach_and_log_load_balancing_loss(probs, coeff, loss, "load_balancing_loss", self.tp_cp_group)
+
+    def apply_z_loss(self, logits, padding_mask):
+        """The mean over tokens of logsumexp(logits)², times its coefficient."""
+        coeff = self.config.moe_z_loss_coeff
+        if not coeff or not (self.training and torch.is_grad_enabled()):
+            return logits
+        squares = torch.logsumexp(logits, dim=-1).square()
+        is_data = torch.ones_like(squares) if padding_mask is None else (~padding_mask).to(squares.dtype)
+        count = reduce_from_tensor_model_parallel_region(is_data.sum(), self.tp_cp_group).clamp(min=1)
+        loss = (squares * is_data).sum() / count
+        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        get_moe_metrics_tracker().record("z_loss", loss, self.layer_number, num_layers, reduce_group=self.tp_cp_group)
+        return MoEAuxLossAutoScaler.apply(logits, coeff * loss)
