@@ -1,0 +1,223 @@
+"""Memory of every rank, stage by stage: what is always there, what backward holds at its worst moment, what still fits."""
+
+from dataclasses import dataclass, field
+from math import ceil
+
+from glm45_tune.errors import LayoutError
+from glm45_tune.layout import Layout
+from glm45_tune.plan import activations as acts
+from glm45_tune.plan.activations import DTYPE_BYTES, Sizes, Term, total
+from glm45_tune.plan.weights import Weights, ends_weights, layer_weights
+from glm45_tune.recipe import Recipe
+from glm45_tune.spec import ModelSpec
+
+GIB = 2**30
+# an assumption, not a measurement: CUDA's context, NCCL's buffers and libraries' workspaces, outside the allocator
+OUTSIDE_GIB = 1.6
+# an assumption: share of what comes and goes (activations, working memory) that the allocator cannot use again
+FRAGMENTATION = 0.06
+
+
+def margin_bytes(coming_and_going: float) -> float:
+    """What must stay free beside the allocator's peak."""
+    return OUTSIDE_GIB * GIB + FRAGMENTATION * coming_and_going
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One rank of a pipeline stage, in bytes. `recompute`: for each of its layers whether backward computes it again."""
+
+    stage: int
+    num_layers: int
+    weights: float
+    lora: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept for backward, all micro batches in flight."""
+    working: float
+    """Beside them at the worst moment of backward: a layer computed again, gradients on their way, logits."""
+    worst: str
+    """Where that moment is: the head, or a layer; or `optimizer` when Adam's own buffers exceed backward."""
+    logits: float
+    wire: float
+    optimizer_working: float
+    in_flight: int
+    recompute: tuple[bool, ...] = field(repr=False)
+
+    @property
+    def standing(self) -> float:
+        return self.weights + self.lora + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        """What the allocator's peak should read."""
+        return self.standing + max(self.activations + self.working, self.optimizer_working)
+
+    @property
+    def margin(self) -> float:
+        return margin_bytes(self.peak - self.standing)
+
+    @property
+    def needed(self) -> float:
+        return self.peak + self.margin
+
+
+class Model:
+    """The arithmetic of one recipe under one layout; layers of a kind are counted once."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, recipe: Recipe):
+        self.spec, self.layout, self.recipe = spec, layout, recipe
+        self.sizes = Sizes.of(spec, layout, recipe)
+        self.with_mtp = recipe.model.mtp_loss_scaling_factor > 0 and spec.mtp_num_layers > 0
+        self.stages = layout.stage_layers(spec, self.with_mtp)
+        self._weights = {moe: layer_weights(spec, layout, recipe.lora, moe) for moe in (False, True)}
+        self._kept = {moe: total(acts.layer_terms(self.sizes, moe)) for moe in (False, True)}
+        self._working = {moe: total(acts.layer_working(self.sizes, moe)) for moe in (False, True)}
+        self._input = self.sizes.cut_tokens * spec.hidden_size * self.sizes.d
+
+    @property
+    def num_microbatches(self) -> int:
+        share = self.recipe.train.micro_batch_size * self.layout.data_parallel_size
+        return max(1, self.recipe.train.global_batch_size // share)
+
+    def layers(self, stage: int) -> list[bool]:
+        """For each layer of a stage whether it has experts."""
+        first = sum(self.stages[:stage])
+        return [self.spec.is_moe(layer) for layer in range(first, first + self.stages[stage])]
+
+    def weights(self, stage: int) -> Weights:
+        kinds = self.layers(stage)
+        counted = self._weights[True] * sum(kinds) + self._weights[False] * (len(kinds) - sum(kinds))
+        if self.with_mtp and stage == len(self.stages) - 1:
+            counted += self._weights[True] * self.spec.mtp_num_layers
+        return counted + ends_weights(self.spec, self.layout, stage == 0, stage == len(self.stages) - 1, self.with_mtp)
+
+    def in_flight(self, stage: int) -> int:
+        """Micro batches whose activations a stage holds at once under 1F1B."""
+        return min(self.num_microbatches, len(self.stages) - stage)
+
+    def groups(self, stage: int, recompute: tuple[bool, ...]) -> list[tuple[int, int, int]]:
+        """Runs of layers that backward treats as one: (bytes kept, bytes rebuilt when their turn comes, worst working)."""
+        kinds = self.layers(stage)
+        train = self.recipe.train
+        size = train.recompute_num_layers if train.recompute_granularity == "full" and all(recompute) else 1
+        size = 1 if train.recompute_method == "block" else size
+        found = []
+        for first in range(0, len(kinds), size):
+            run = kinds[first : first + size]
+            kept, working = sum(self._kept[moe] for moe in run), max(self._working[moe] for moe in run)
+            found.append((self._input, kept, working) if recompute[first] else (kept, 0, working))
+        return found
+
+    def by_recipe(self, stage: int) -> tuple[bool, ...]:
+        """Which layers of a stage the recipe has computed again (megatron's meaning of full, uniform and block)."""
+        train, count = self.recipe.train, self.stages[stage]
+        if train.recompute_granularity != "full":
+            return (False,) * count
+        again = min(train.recompute_num_layers, count) if train.recompute_method == "block" else count
+        return (True,) * again + (False,) * (count - again)
+
+    def memory(self, stage: int, recompute: tuple[bool, ...]) -> StageMemory:
+        """recompute: for each layer of the stage whether backward computes it again."""
+        counted, d = self.weights(stage), self.sizes.d
+        is_last = stage == len(self.stages) - 1
+        kept, working, worst = self._backward(stage, recompute, is_last)
+        gradients, optimizer, adam = self._optimizer(counted)
+        base, adapters = counted.dense + counted.expert, counted.lora_dense + counted.lora_expert
+        standing_working = kept + working
+        return StageMemory(
+            stage=stage,
+            num_layers=self.stages[stage],
+            weights=base * d,
+            lora=adapters * d,
+            gradients=gradients,
+            optimizer=optimizer,
+            activations=kept,
+            working=working,
+            worst=worst if standing_working >= adam else "optimizer",
+            logits=total(acts.head_working(self.sizes)) if is_last else 0,
+            wire=self._wire(stage),
+            optimizer_working=adam,
+            in_flight=self.in_flight(stage),
+            recompute=recompute,
+        )
+
+    def _wire(self, stage: int) -> float:
+        return sum(t.bytes for t in acts.layer_working(self.sizes, any(self.layers(stage))) if "wire" in t.what)
+
+    def _backward(self, stage: int, recompute: tuple[bool, ...], is_last: bool) -> tuple[float, float, str]:
+        """(kept by all micro batches in flight, the most that is alive beside it in backward, where)."""
+        groups = self.groups(stage, recompute)
+        one = total(acts.row_terms(self.sizes)) + sum(kept for kept, _, _ in groups)
+        worst, where = 0.0, "layer"
+        if is_last:
+            predictions = 1 + (self.spec.mtp_num_layers if self.with_mtp else 0)
+            one += predictions * total(acts.head_terms(self.sizes))
+            if self.with_mtp:
+                one += self.spec.mtp_num_layers * (self._kept[True] + 4 * self._input)  # enorm, hnorm and eh_proj's inputs
+            worst, where = total(acts.head_working(self.sizes)), "head"
+        freed = 0.0  # of this micro batch, by the layers behind whose backward is done
+        for kept, rebuilt, working in reversed(groups):
+            if rebuilt + working - freed > worst:
+                worst, where = rebuilt + working - freed, "layer"
+            freed += kept
+        return one * self.in_flight(stage), worst, where
+
+    def _optimizer(self, counted: Weights) -> tuple[float, float, float]:
+        """(gradient buffers, optimizer state, what Adam's step holds for a moment), bytes of one rank.
+
+        Gradients are fp32; master weights (of bf16) and two moments are fp32 and shared out over the data-parallel ranks.
+        """
+        layout = self.layout
+        dense, expert = counted.lora_dense, counted.lora_expert
+        if self.recipe.lora is None:
+            dense, expert = counted.dense, counted.expert
+        shard = dense / layout.data_parallel_size + expert / (layout.world_size / layout.expert_ranks)
+        state = 12 if self.sizes.d == DTYPE_BYTES["bf16"] else 8
+        return 4.0 * (dense + expert), state * shard, 4.0 * shard
+
+    def all_stages(self) -> list[StageMemory]:
+        """Every stage as the recipe says."""
+        return [self.memory(stage, self.by_recipe(stage)) for stage in range(len(self.stages))]
+
+    def least(self, stage: int, free_bytes: float) -> StageMemory | None:
+        """The stage with the fewest layers computed again that needs no more than free_bytes; None when none will do."""
+        count = self.stages[stage]
+
+        def of(again: int) -> StageMemory:
+            return self.memory(stage, (True,) * again + (False,) * (count - again))
+
+        if of(count).needed > free_bytes:
+            return None
+        low, high = 0, count
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if of(middle).needed <= free_bytes else (middle + 1, high)
+        return of(low)
+
+
+def least_recompute(spec: ModelSpec, layout: Layout, recipe: Recipe, free_bytes: float, stage: int) -> list[bool]:
+    """For each layer of a pipeline stage whether backward should compute it again: the fewest that fit.
+
+    free_bytes: what the card has free before anything of the run is on it; weights, gradients, optimizer and a margin come off
+    it here. The first layers are computed again: their turn in backward comes when the others' activations are gone, so that a
+    rebuilt layer costs no room. Raises LayoutError when not even all of them suffice.
+    """
+    found = Model(spec, layout, recipe).least(stage, free_bytes)
+    if found is None:
+        least = Model(spec, layout, recipe).memory(stage, (True,) * layout.stage_layers(spec, _mtp(spec, recipe))[stage])
+        raise LayoutError(
+            f"stage {stage} needs {ceil(least.needed / GIB * 10) / 10:.1f} GiB a rank with every layer recomputed; "
+            f"{free_bytes / GIB:.1f} GiB are free. glm45-tune plan RECIPE --search shows layouts that fit."
+        )
+    return list(found.recompute)
+
+
+def _mtp(spec: ModelSpec, recipe: Recipe) -> bool:
+    return recipe.model.mtp_loss_scaling_factor > 0 and spec.mtp_num_layers > 0
+
+
+def terms_of_a_layer(spec: ModelSpec, layout: Layout, recipe: Recipe, is_moe: bool = True) -> list[Term]:
+    """The table of what a layer keeps, for people."""
+    return acts.layer_terms(Sizes.of(spec, layout, recipe), is_moe)

@@ -1,0 +1,210 @@
+"""Memory and step time that `plan` predicts, against the allocator's peak and the clock. One NVIDIA card:
+
+    python scripts/bench_memory.py [--output FILE.json] [--only NAME …] [--dry]
+
+Each setting is a process of its own: an Air-width model of a few layers with random weights, built by the Trainer that trains,
+takes three steps on packed rows. Printed: predicted and measured peak, their ratio, and the same of a step's seconds, as a
+markdown table; --output also writes JSON. Without a card, or with --dry, only the predictions are printed.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from glm45_tune.layout import Layout
+from glm45_tune.plan.cards import CARDS, Card
+from glm45_tune.plan.memory import GIB, Model
+from glm45_tune.plan.models import find_spec
+from glm45_tune.plan.timing import step_seconds
+from glm45_tune.recipe import Recipe
+from glm45_tune.spec import ModelSpec
+
+STEPS = 3
+ATTENTION, ALL = ["linear_qkv", "linear_proj"], "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """layers: one dense, the others with experts. targets: of LoRA; None trains every weight."""
+
+    name: str
+    layers: int
+    experts: int
+    targets: list[str] | str | None
+    seq_length: int = 8192
+    recompute: str | None = None
+    recompute_method: str = "uniform"
+    micro_batches: int = 1
+
+    def spec(self) -> ModelSpec:
+        air, _ = find_spec("GLM-4.5-Air")
+        return dataclasses.replace(air, num_layers=self.layers, num_moe_experts=self.experts, mtp_num_layers=0)
+
+    def recipe(self) -> Recipe:
+        document = {
+            "model": {"path": "GLM-4.5-Air"},
+            "data": {"train": "none", "seq_length": self.seq_length},
+            "train": {
+                "steps": STEPS,
+                "global_batch_size": self.micro_batches,
+                "recompute_granularity": self.recompute,
+                "recompute_method": self.recompute_method,
+            },
+            "output_dir": "none",
+        }
+        if self.targets is not None:
+            document["lora"] = {"r": 32, "lora_alpha": 64, "target_modules": self.targets}
+        return Recipe.from_dict(document)
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("lora-attention", 5, 128, ATTENTION),
+        Setting("lora-attention-recompute", 5, 128, ATTENTION, recompute="full"),
+        Setting("lora-attention-recompute-first", 5, 128, ATTENTION, recompute="full", recompute_method="block"),
+        Setting("lora-attention-selective", 5, 128, ATTENTION, recompute="selective"),
+        Setting("lora-attention-16k", 5, 128, ATTENTION, seq_length=16384),
+        Setting("lora-attention-16k-recompute", 5, 128, ATTENTION, seq_length=16384, recompute="full"),
+        Setting("lora-attention-accumulated", 5, 128, ATTENTION, seq_length=4096, micro_batches=4),
+        Setting("lora-all-linear", 5, 128, ALL),
+        Setting("lora-all-linear-recompute", 5, 128, ALL, recompute="full"),
+        Setting("full", 3, 32, None),
+        Setting("full-recompute", 3, 32, None, recompute="full"),
+        Setting("full-4k", 3, 32, None, seq_length=4096),
+    )
+}
+
+
+def predict(setting: Setting, card: Card) -> dict:
+    spec, recipe, layout = setting.spec(), setting.recipe(), Layout()
+    model = Model(spec, layout, recipe)
+    stage = model.memory(0, model.by_recipe(0))
+    seconds = step_seconds(model, [stage], card, document_tokens(setting.seq_length)).total
+    return {
+        "predicted_peak_gib": stage.peak / GIB,
+        "predicted_standing_gib": stage.standing / GIB,
+        "predicted_seconds": seconds,
+    }
+
+
+def bounds(tokens: int) -> list[int]:
+    """Edges of documents of log-normal lengths that fill a row."""
+    import numpy as np
+
+    lengths = np.random.default_rng(0).lognormal(6.0, 0.6, 400).astype(int)
+    ends = np.cumsum(lengths)
+    return [0, *ends[ends < tokens].tolist(), tokens]
+
+
+def document_tokens(tokens: int) -> float:
+    """Length whose square is the mean square of the row's documents, weighted by tokens: what attention pays for."""
+    edges = bounds(tokens)
+    return sum((last - first) ** 2 for first, last in zip(edges, edges[1:])) / tokens
+
+
+def measure(setting: Setting) -> dict:
+    """Build, step, read the allocator. Runs in a process of its own."""
+    import torch
+
+    from glm45_tune.conversion.names import hf_shapes
+    from glm45_tune.data.batch import Batch
+    from glm45_tune.mcore import runtime
+    from glm45_tune.mcore.step import Trainer
+
+    shapes = hf_shapes(setting.spec())
+
+    class Blank:
+        """A checkpoint whose tensors cost nothing; real values are drawn on the card."""
+
+        spec, path = setting.spec(), Path("blank")
+
+        def read(self, name, first=0, last=None, columns=slice(None)):
+            whole = torch.zeros((), dtype=torch.bfloat16).expand(shapes[name])[first:last]
+            return whole if columns == slice(None) else whole[:, columns]
+
+    runtime.start(Layout())
+    trainer = Trainer(setting.recipe(), Layout(), Blank())
+    with torch.no_grad():
+        for name, tensor in trainer.module.named_parameters():
+            tensor.normal_(1.0 if "norm" in name else 0.0, 0.02)
+    edges = bounds(setting.seq_length)
+    tokens = torch.randint(0, setting.spec().vocab_size, (setting.seq_length,))
+    positions = torch.cat([torch.arange(last - first) for first, last in zip(edges, edges[1:])])
+    batch = Batch(tokens, positions, edges, tokens[None].roll(-1, 1), torch.ones(1, len(tokens)))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    standing, times = torch.cuda.memory_allocated(), []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        count = setting.micro_batches
+        trainer.train([batch] * count, count, [float(count * len(tokens))], 1e-4)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return {
+        "card": torch.cuda.get_device_name(),
+        "measured_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "measured_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "measured_built_gib": standing / GIB,
+        "measured_standing_gib": torch.cuda.memory_allocated() / GIB,
+        "measured_seconds": min(times[1:]),
+    }
+
+
+def this_card() -> Card | None:
+    """The known card that this machine has, by its name."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower()
+    return next((card for key, card in CARDS.items() if key in name), None)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| setting | GiB predicted | GiB measured | ratio | s a step predicted | s measured | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        gib, seconds = row.get("measured_peak_gib"), row.get("measured_seconds")
+        cells = [row["setting"], f"{row['predicted_peak_gib']:.2f}", *_against(gib, row["predicted_peak_gib"], ".2f")]
+        cells += [f"{row['predicted_seconds']:.3f}", *_against(seconds, row["predicted_seconds"], ".3f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _against(measured: float | None, predicted: float, form: str) -> tuple[str, str]:
+    return (f"{measured:{form}}", f"{predicted / measured:.3f}") if measured else ("-", "-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--dry", action="store_true", help="predictions alone")
+    parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(SETTINGS[arguments.measure])))
+        return
+    card = None if arguments.dry else this_card()
+    rows = []
+    for name in arguments.only:
+        row = {"setting": name, **predict(SETTINGS[name], card or CARDS["h100"])}
+        if card:
+            ended = subprocess.run([sys.executable, __file__, "--measure", name], stdout=subprocess.PIPE, text=True)
+            row |= json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {"failed": ended.returncode}
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    print(f"{card.name if card else 'no card measured; seconds are of an h100'}\n\n{table(rows)}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
