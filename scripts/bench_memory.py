@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from glm45_tune.layout import Layout
@@ -104,7 +105,7 @@ def bounds(tokens: int) -> list[int]:
 def document_tokens(tokens: int) -> float:
     """Length whose square is the mean square of the row's documents, weighted by tokens: what attention pays for."""
     edges = bounds(tokens)
-    return sum((last - first) ** 2 for first, last in zip(edges, edges[1:])) / tokens
+    return sum((last - first) ** 2 for first, last in pairwise(edges)) / tokens
 
 
 def measure(setting: Setting) -> dict:
@@ -134,7 +135,7 @@ def measure(setting: Setting) -> dict:
             tensor.normal_(1.0 if "norm" in name else 0.0, 0.02)
     edges = bounds(setting.seq_length)
     tokens = torch.randint(0, setting.spec().vocab_size, (setting.seq_length,))
-    positions = torch.cat([torch.arange(last - first) for first, last in zip(edges, edges[1:])])
+    positions = torch.cat([torch.arange(last - first) for first, last in pairwise(edges)])
     batch = Batch(tokens, positions, edges, tokens[None].roll(-1, 1), torch.ones(1, len(tokens)))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -197,7 +198,9 @@ def main() -> None:
     for name in arguments.only:
         row = {"setting": name, **predict(SETTINGS[name], card or CARDS["h100"])}
         if card:
-            ended = subprocess.run([sys.executable, __file__, "--measure", name], stdout=subprocess.PIPE, text=True)
+            ended = subprocess.run(
+                [sys.executable, __file__, "--measure", name], stdout=subprocess.PIPE, text=True, check=False
+            )
             row |= json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {"failed": ended.returncode}
             print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)

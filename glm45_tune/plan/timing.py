@@ -6,6 +6,9 @@ launches) that grows with tokens · hidden size; the remainder is what is left o
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
+
+import numpy as np
 
 from glm45_tune.layout import Layout
 from glm45_tune.plan import rates
@@ -26,17 +29,25 @@ _REFERENCE = {
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one optimizer step on the slowest stage."""
+    """Seconds of one optimizer step on the slowest stage, by what they go to."""
 
-    compute: float
+    matrices: float
+    attention: float
+    other: float
+    """Norms, rope, permutation, SwiGLU, launches."""
     wires: float
     bubble: float
     optimizer: float
     tokens: int
 
     @property
+    def parts(self) -> dict[str, float]:
+        names = ("matrices", "attention", "other", "wires", "bubble", "optimizer")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def total(self) -> float:
-        return self.compute + self.wires + self.bubble + self.optimizer
+        return sum(self.parts.values())
 
     @property
     def bubble_share(self) -> float:
@@ -67,30 +78,27 @@ def _remainders() -> tuple[float, float]:
     spec, _ = find_spec("GLM-4.5-Air")
     layer = _Layer(Model(spec, Layout(), Recipe.from_dict(_REFERENCE)), True, rates.DOCUMENT_TOKENS)
     card = CARDS[rates.MEASURED_CARD]
-    both = rates.LAYER_MS / 1e3 - _known(layer, card, True, True)
-    forward = (rates.LAYER_RECOMPUTED_MS - rates.LAYER_MS) / 1e3 - _known(layer, card, True, False)
+    both = rates.LAYER_MS / 1e3 - sum(_known(layer, card, True, True))
+    forward = (rates.LAYER_RECOMPUTED_MS - rates.LAYER_MS) / 1e3 - sum(_known(layer, card, True, False))
     return both / layer.traffic, max(forward, 0.0) / layer.traffic
 
 
-def _known(layer: _Layer, card: Card, forward: bool, backward: bool) -> float:
-    """Seconds of the matrix products and the attention of a layer."""
+def _known(layer: _Layer, card: Card, forward: bool, backward: bool) -> tuple[float, float]:
+    """Seconds of the matrix products and of the attention of a layer."""
     scale = card.tflops / CARDS[rates.MEASURED_CARD].tflops * 1e12
-    seconds = 0.0
-    if forward:
-        seconds += layer.forward / (rates.MATRIX_TFLOPS * scale)
-        seconds += layer.attention / (rates.ATTENTION_FORWARD_TFLOPS * scale)
-    if backward:
-        seconds += layer.backward / (rates.MATRIX_TFLOPS * scale)
-        seconds += 2.5 * layer.attention / (rates.ATTENTION_BACKWARD_TFLOPS * scale)
-    return seconds
+    matrices = (forward * layer.forward + backward * layer.backward) / (rates.MATRIX_TFLOPS * scale)
+    attended = forward * layer.attention / (rates.ATTENTION_FORWARD_TFLOPS * scale)
+    attended += backward * 2.5 * layer.attention / (rates.ATTENTION_BACKWARD_TFLOPS * scale)
+    return matrices, attended
 
 
-def _layer_seconds(layer: _Layer, card: Card, again: bool) -> float:
+def _layer_seconds(layer: _Layer, card: Card, again: bool) -> np.ndarray:
+    """Seconds of matrices, attention and the rest of one layer, forward and backward, and forward again."""
     both, forward = _remainders()
     slower = CARDS[rates.MEASURED_CARD].bandwidth_gb_s / card.bandwidth_gb_s
-    seconds = _known(layer, card, True, True) + both * layer.traffic * slower
+    seconds = np.array([*_known(layer, card, True, True), both * layer.traffic * slower])
     if again:
-        seconds += _known(layer, card, True, False) + forward * layer.traffic * slower
+        seconds += [*_known(layer, card, True, False), forward * layer.traffic * slower]
     return seconds
 
 
@@ -99,35 +107,34 @@ def step_seconds(
 ) -> StepTime:
     """One optimizer step with documents of `document_tokens` (mean over tokens); `stages` say what is recomputed."""
     layers = {moe: _Layer(model, moe, document_tokens) for moe in (False, True)}
-    cost = {(moe, again): _layer_seconds(layers[moe], card, again) for moe in (False, True) for again in (False, True)}
     wire = {again: _wire_seconds(model, card, again, gpus_per_node) for again in (False, True)}
-    worst_compute = worst_wires = 0.0
+    cost = {}
+    for moe, again in product((False, True), (False, True)):
+        wires = wire[again][0] + moe * wire[again][1]
+        cost[moe, again] = np.append(_layer_seconds(layers[moe], card, again), wires)
+    worst = np.zeros(4)
     for stage in stages:
-        kinds = model.layers(stage.stage)
-        compute = sum(cost[moe, again] for moe, again in zip(kinds, stage.recompute))
-        wires = sum(wire[again][0] + moe * wire[again][1] for moe, again in zip(kinds, stage.recompute))
+        seconds = sum(cost[kind] for kind in zip(model.layers(stage.stage), stage.recompute))
         if stage.stage == len(model.stages) - 1:
-            compute += _head_seconds(model, card)
-            if model.with_mtp:
-                compute += model.spec.mtp_num_layers * (cost[True, False] + _head_seconds(model, card))
-        if compute + wires > worst_compute + worst_wires:
-            worst_compute, worst_wires = compute, wires
-    rounds = model.num_microbatches
-    idle = (worst_compute + worst_wires) * (len(stages) - 1)
+            predictions = 1 + (model.spec.mtp_num_layers if model.with_mtp else 0)
+            seconds = seconds + (predictions - 1) * cost[True, False]
+            seconds = seconds + predictions * np.array([*_head_seconds(model, card), 0.0])
+        worst = max(worst, seconds, key=np.sum)
+    matrices, attended, other, wires = (worst * model.num_microbatches).tolist()
     tokens = model.recipe.train.global_batch_size * model.recipe.data.seq_length
-    return StepTime(
-        worst_compute * rounds, worst_wires * rounds, idle, _optimizer_seconds(model, stages, card, gpus_per_node), tokens
-    )
+    idle = float(worst.sum()) * (len(stages) - 1)
+    optimizer = _optimizer_seconds(model, stages, card, gpus_per_node)
+    return StepTime(matrices, attended, other, wires, idle, optimizer, tokens)
 
 
-def _head_seconds(model: Model, card: Card) -> float:
+def _head_seconds(model: Model, card: Card) -> tuple[float, float, float]:
     """Logits, their loss and the way back; a trained head has its own gradient."""
     sizes, spec = model.sizes, model.spec
     words = spec.vocab_size / sizes.tp
     work = 2.0 * sizes.tokens * spec.hidden_size * words * (2 if model.recipe.lora else 3)
     rate = rates.MATRIX_TFLOPS * 1e12 * card.tflops / CARDS[rates.MEASURED_CARD].tflops
     passes = 5 * sizes.tokens * words * 4  # logits written and read, softmax, its gradient
-    return work / rate + passes / (card.bandwidth_gb_s * 1e9 * rates.STREAM_SHARE)
+    return work / rate, 0.0, passes / (card.bandwidth_gb_s * 1e9 * rates.STREAM_SHARE)
 
 
 def _wire(size: float, ranks: int, spread: int, card: Card, gpus_per_node: int) -> float:
@@ -145,7 +152,8 @@ def _wire_seconds(model: Model, card: Card, again: bool, gpus_per_node: int) -> 
     layout, sizes = model.layout, model.sizes
     hidden = sizes.tokens * model.spec.hidden_size * sizes.d
     passes = 3 if again else 2
-    tensor = 4 * passes / 2 * 2 * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node) / 2
+    # attention and MLP: a gather and a scatter each, in every pass
+    tensor = 4 * passes * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node)
     rows = sizes.expert_rows * model.spec.hidden_size * sizes.d
     experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
     return tensor, 2 * passes * _wire(rows, experts, experts, card, gpus_per_node)
