@@ -1,4 +1,4 @@
-"""Memory and step time that `plan` predicts, against the allocator's peak and the clock. One NVIDIA card:
+"""Memory and step time that `plan` predicts, against the allocator's peak and the clock. One NVIDIA card, or two for a few more:
 
     python scripts/bench_memory.py [--output FILE.json] [--only NAME …] [--dry]
 
@@ -40,18 +40,27 @@ class Setting:
     recompute: str | None = None
     recompute_method: str = "uniform"
     micro_batches: int = 1
+    model: str = "GLM-4.5-Air"
+    tensor: int = 1
+    expert: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        sizes = {"tensor_model_parallel_size": self.tensor, "expert_model_parallel_size": self.expert}
+        return Layout(**sizes, world_size=max(self.tensor, self.expert))
 
     def spec(self) -> ModelSpec:
-        air, _ = find_spec("GLM-4.5-Air")
-        return dataclasses.replace(air, num_layers=self.layers, num_moe_experts=self.experts, mtp_num_layers=0)
+        whole, _ = find_spec(self.model)
+        sizes = {"num_layers": self.layers, "num_dense_layers": 1, "num_moe_experts": self.experts, "mtp_num_layers": 0}
+        return dataclasses.replace(whole, **sizes)
 
     def recipe(self) -> Recipe:
         document = {
-            "model": {"path": "GLM-4.5-Air"},
+            "model": {"path": self.model},
             "data": {"train": "none", "seq_length": self.seq_length},
             "train": {
                 "steps": STEPS,
-                "global_batch_size": self.micro_batches,
+                "global_batch_size": self.micro_batches * self.layout.data_parallel_size,
                 "recompute_granularity": self.recompute,
                 "recompute_method": self.recompute_method,
             },
@@ -74,16 +83,19 @@ SETTINGS = {
         Setting("lora-attention-accumulated", 5, 128, ATTENTION, seq_length=4096, micro_batches=4),
         Setting("lora-all-linear", 5, 128, ALL),
         Setting("lora-all-linear-recompute", 5, 128, ALL, recompute="full"),
-        Setting("full", 3, 32, None),
-        Setting("full-recompute", 3, 32, None, recompute="full"),
-        Setting("full-4k", 3, 32, None, seq_length=4096),
+        Setting("full", 3, 16, None),
+        Setting("full-16k", 3, 16, None, seq_length=16384),
+        Setting("full-16k-recompute", 3, 16, None, seq_length=16384, recompute="full"),
+        Setting("355b-lora-attention", 3, 160, ATTENTION, model="GLM-4.5"),
+        Setting("lora-attention-expert-2", 5, 128, ATTENTION, expert=2),
+        Setting("lora-all-linear-expert-2", 5, 128, ALL, expert=2),
+        Setting("lora-attention-tensor-2", 5, 128, ATTENTION, tensor=2),
     )
 }
 
 
 def predict(setting: Setting, card: Card) -> dict:
-    spec, recipe, layout = setting.spec(), setting.recipe(), Layout()
-    model = Model(spec, layout, recipe)
+    model = Model(setting.spec(), setting.layout, setting.recipe())
     stage = model.memory(0, model.by_recipe(0))
     seconds = step_seconds(model, [stage], card, document_tokens(setting.seq_length)).total
     return {
@@ -128,8 +140,8 @@ def measure(setting: Setting) -> dict:
             whole = torch.zeros((), dtype=torch.bfloat16).expand(shapes[name])[first:last]
             return whole if columns == slice(None) else whole[:, columns]
 
-    runtime.start(Layout())
-    trainer = Trainer(setting.recipe(), Layout(), Blank())
+    runtime.start(setting.layout)
+    trainer = Trainer(setting.recipe(), setting.layout, Blank())
     with torch.no_grad():
         for name, tensor in trainer.module.named_parameters():
             tensor.normal_(1.0 if "norm" in name else 0.0, 0.02)
@@ -143,7 +155,8 @@ def measure(setting: Setting) -> dict:
     for _ in range(STEPS):
         started = time.perf_counter()
         count = setting.micro_batches
-        trainer.train([batch] * count, count, [float(count * len(tokens))], 1e-4)
+        weight = float(count * len(tokens) * setting.layout.data_parallel_size)
+        trainer.train([batch] * count, count, [weight], 1e-4)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return {
@@ -156,14 +169,25 @@ def measure(setting: Setting) -> dict:
     }
 
 
-def this_card() -> Card | None:
-    """The known card that this machine has, by its name."""
+def run(setting: Setting) -> dict:
+    """`measure` in processes of its own, one a rank. → {"failed": exit code} where that went wrong."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.layout.world_size)]
+    command = [sys.executable, *ranks, __file__, "--measure", setting.name]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    if ended.returncode or not found:
+        return {"failed": ended.returncode}
+    return max(found, key=lambda rank: rank["measured_peak_gib"])
+
+
+def this_card() -> tuple[Card | None, int]:
+    """The known card that this machine has, by its name, and how many."""
     import torch
 
     if not torch.cuda.is_available():
-        return None
+        return None, 0
     name = torch.cuda.get_device_name().lower()
-    return next((card for key, card in CARDS.items() if key in name), None)
+    return next((card for key, card in CARDS.items() if key in name), None), torch.cuda.device_count()
 
 
 def table(rows: list[dict]) -> str:
@@ -191,17 +215,17 @@ def main() -> None:
     parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(SETTINGS[arguments.measure])))
+        print(json.dumps(measure(SETTINGS[arguments.measure])), flush=True)
         return
-    card = None if arguments.dry else this_card()
+    card, count = (None, 0) if arguments.dry else this_card()
     rows = []
     for name in arguments.only:
+        if card and SETTINGS[name].layout.world_size > count:
+            print(f"{name}: needs {SETTINGS[name].layout.world_size} cards, left out", file=sys.stderr)
+            continue
         row = {"setting": name, **predict(SETTINGS[name], card or CARDS["h100"])}
         if card:
-            ended = subprocess.run(
-                [sys.executable, __file__, "--measure", name], stdout=subprocess.PIPE, text=True, check=False
-            )
-            row |= json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {"failed": ended.returncode}
+            row |= run(SETTINGS[name])
             print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
     print(f"{card.name if card else 'no card measured; seconds are of an h100'}\n\n{table(rows)}")

@@ -1,8 +1,9 @@
 """What a micro batch leaves on the card, tensor by tensor, between its forward and its backward. THE table of activations.
 
-One Term is one kept tensor: its bytes on this rank, and why it is kept. A tensor that only a frozen weight would want is not
-kept. Legend: T tokens of the micro batch on this rank's tensor group, S = T / tensor ranks (sequence parallel), N expert rows
-of this rank (S · top-k · expert tensor ranks, routing taken as even), d bytes of a number, h hidden size.
+One Term is one tensor: its bytes on this rank, and what wants it. Nothing is kept for the sake of a frozen weight. Legend:
+T tokens of a micro batch on this tensor group, S = T / tensor ranks (sequence parallel), N rows at this rank's experts (S · top-k ·
+expert tensor ranks; routing is taken to be even), F an expert's width here, d bytes of a number, h hidden size.
+`*_terms` stay until backward comes to them; `*_working` live for a moment of it.
 """
 
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
 
-# rows of logits made at once in the loss; larger micro batches go through in pieces of this many
-HEAD_ROWS = 8192
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+# logits in memory at a time (mcore/layers/loss.py)
+LOGITS_AT_ONCE = 2**27
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A tensor kept (or, of `working`, alive for a moment) on one rank."""
+    """A tensor on one rank."""
 
     what: str
     bytes: int
@@ -32,11 +33,6 @@ class Sizes:
     spec: ModelSpec
     layout: Layout
     recipe: Recipe
-    tokens: int
-
-    @classmethod
-    def of(cls, spec: ModelSpec, layout: Layout, recipe: Recipe) -> "Sizes":
-        return cls(spec, layout, recipe, recipe.train.micro_batch_size * recipe.data.seq_length)
 
     @property
     def d(self) -> int:
@@ -47,157 +43,254 @@ class Sizes:
         return self.layout.tensor_model_parallel_size
 
     @property
+    def cp(self) -> int:
+        return getattr(self.layout, "context_parallel_size", 1)
+
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return -(-self.recipe.train.micro_batch_size * self.recipe.data.seq_length // self.cp)
+
+    @property
     def cut_tokens(self) -> int:
+        """S"""
         return -(-self.tokens // self.tp)
 
     @property
     def expert_rows(self) -> int:
+        """N"""
         return self.cut_tokens * self.spec.moe_router_topk * self.layout.expert_tensor_parallel_size
 
     @property
     def expert_width(self) -> int:
+        """F"""
         return self.spec.moe_ffn_hidden_size // self.layout.expert_tensor_parallel_size
 
     @property
-    def dispatches(self) -> bool:
-        """Whether experts see rows that came over the wire."""
+    def hidden(self) -> int:
+        """Bytes of a hidden state as tensor ranks share it."""
+        return self.cut_tokens * self.spec.hidden_size * self.d
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of a hidden state that every tensor rank holds whole."""
+        return self.tokens * self.spec.hidden_size * self.d
+
+    @property
+    def travels(self) -> bool:
+        """Whether rows come to the experts from other ranks."""
         return self.layout.expert_model_parallel_size * self.layout.expert_tensor_parallel_size > 1
+
+    @property
+    def is_full(self) -> bool:
+        return self.recipe.lora is None
 
     def pairs(self, matrix: str) -> int:
         """Low-rank pairs beside a matrix."""
-        lora = self.recipe.lora
-        return len(lora.targets_of(matrix)) if lora else 0
+        return 0 if self.is_full else len(self.recipe.lora.targets_of(matrix))
 
     def learns(self, matrix: str) -> bool:
-        """Whether a gradient of this matrix or of its adapter is wanted, so that its input must be at hand."""
-        return self.recipe.lora is None or self.pairs(matrix) > 0
+        """Whether this matrix or its adapter wants a gradient, and so its input."""
+        return self.is_full or self.pairs(matrix) > 0
+
+    def again(self, module: str) -> bool:
+        """Whether selective recompute leaves this module's insides out."""
+        train = self.recipe.train
+        return train.recompute_granularity == "selective" and module in train.recompute_modules
 
 
-def _when(*terms: tuple[str, int, str, bool]) -> list[Term]:
-    return [Term(what, size, why) for what, size, why, kept in terms if kept and size]
+def _terms(*rows: tuple[str, int, str, bool]) -> list[Term]:
+    return [Term(what, size, why) for what, size, why, is_kept in rows if is_kept and size]
 
 
-def _narrow(sizes: Sizes, rows: int, *matrices: str) -> tuple[str, int, str, bool]:
-    pairs = sum(sizes.pairs(matrix) for matrix in matrices)
-    rank = sizes.recipe.lora.r if sizes.recipe.lora else 0
-    return "LoRA between A and B", rows * rank * pairs * sizes.d, "gradient of lora_B", pairs > 0
+def _adapter(sizes: Sizes, matrix: str, rows: int, inputs: int) -> list[Term]:
+    """Between A and B, and where the dropout fell."""
+    pairs = sizes.pairs(matrix)
+    if not pairs:
+        return []
+    lora = sizes.recipe.lora
+    return _terms(
+        (f"{matrix}: between A and B", rows * lora.r * pairs * sizes.d, "gradient of lora_B", True),
+        (f"{matrix}: dropout's mask", rows * inputs, "gradient of lora_A", lora.lora_dropout > 0),
+    )
+
+
+def _input_of(sizes: Sizes, matrix: str) -> int:
+    """Bytes of a column-parallel matrix's input where it learns: adapters keep it gathered, megatron's own linear cut."""
+    return sizes.hidden if sizes.is_full else sizes.gathered
 
 
 def attention_terms(sizes: Sizes) -> list[Term]:
     """Of the attention half of a layer."""
-    spec, d, T, S = sizes.spec, sizes.d, sizes.tokens, sizes.cut_tokens
-    query, kv = spec.query_size // sizes.tp, spec.kv_size // sizes.tp
-    train = sizes.recipe.train
-    again = train.recompute_granularity == "selective" and "core_attn" in train.recompute_modules
-    return _when(
-        ("layer input", S * spec.hidden_size * d, "norm", True),
-        ("normed input", S * spec.hidden_size * d, "linear_qkv learns", sizes.learns("self_attention.linear_qkv")),
-        ("query, key before their norm", T * (query + kv) * d, "qk norm", spec.qk_layernorm),
-        ("query, key, value", T * (query + 2 * kv) * d, "attention", True),
-        (
-            "attention output",
-            T * query * d,
-            "attention, linear_proj",
-            not again or sizes.learns("self_attention.linear_proj"),
+    spec, d, T = sizes.spec, sizes.d, sizes.tokens
+    query, kv, heads = spec.query_size // sizes.tp, spec.kv_size // sizes.tp, spec.num_attention_heads // sizes.tp
+    qkv, proj = "self_attention.linear_qkv", "self_attention.linear_proj"
+    seen = T * sizes.cp  # context ranks gather the keys and values of a row
+    core = sizes.again("core_attn")
+    return [
+        *_terms(
+            ("layer input", sizes.hidden, "norm", True),
+            ("normed", _input_of(sizes, qkv), "linear_qkv", sizes.learns(qkv) and not sizes.again("layernorm")),
+            ("query, key before their norm", T * (query + kv) * d, "q and k norm", spec.qk_layernorm),
+            ("query", T * query * d, "attention", True),
+            ("key, value", seen * 2 * kv * d, "attention", True),
+            ("attention output", T * query * d, "attention, linear_proj", not core or sizes.learns(proj)),
+            ("log-sum-exp", T * heads * 4, "attention", not core),
         ),
-        ("log-sum-exp", T * spec.num_attention_heads // sizes.tp * 4, "attention", not again),
-        _narrow(sizes, T, "self_attention.linear_qkv", "self_attention.linear_proj"),
-    )
+        *_adapter(sizes, qkv, T, spec.hidden_size),
+        *_adapter(sizes, proj, T, query),
+    ]
 
 
-def _gated_terms(sizes: Sizes, front: str, rows: int, width: int) -> list[Term]:
-    """Of a SwiGLU MLP behind its input: gate and up, and their product where fc2 learns."""
-    fc1, fc2 = f"{front}.linear_fc1", f"{front}.linear_fc2"
-    return _when(
-        (f"{front} gate and up", rows * 2 * width * sizes.d, "SwiGLU", True),
-        (f"{front} product", rows * width * sizes.d, "linear_fc2 learns", sizes.learns(fc2)),
-        _narrow(sizes, rows, fc1, fc2),
-    )
+def _swiglu_terms(sizes: Sizes, front: str, width: int) -> list[Term]:
+    """Of a dense SwiGLU behind its input."""
+    fc1, fc2, T = f"{front}.linear_fc1", f"{front}.linear_fc2", sizes.tokens
+    return [
+        *_terms(
+            (f"{front}: gate, up", T * 2 * width * sizes.d, "SwiGLU", True),
+            (f"{front}: their product", T * width * sizes.d, "linear_fc2", sizes.learns(fc2)),
+        ),
+        *_adapter(sizes, fc1, T, sizes.spec.hidden_size),
+        *_adapter(sizes, fc2, T, width),
+    ]
 
 
 def dense_terms(sizes: Sizes) -> list[Term]:
     """Of the MLP half of a dense layer."""
-    spec, S = sizes.spec, sizes.cut_tokens
-    hidden = S * spec.hidden_size * sizes.d
-    return [
-        *_when(("MLP input", hidden, "norm", True), ("normed", hidden, "linear_fc1 learns", sizes.learns("mlp.linear_fc1"))),
-        *_gated_terms(sizes, "mlp", sizes.tokens, spec.ffn_hidden_size // sizes.tp),
-    ]
+    fc1 = "mlp.linear_fc1"
+    kept = [Term("MLP input", sizes.hidden, "norm")]
+    if sizes.again("mlp"):
+        return [*kept, Term("normed", sizes.hidden, "the MLP's recompute")]
+    keeps = sizes.learns(fc1) and not sizes.again("layernorm")
+    kept += _terms(("normed", _input_of(sizes, fc1), "linear_fc1", keeps))
+    return kept + _swiglu_terms(sizes, "mlp", sizes.spec.ffn_hidden_size // sizes.tp)
 
 
 def moe_terms(sizes: Sizes) -> list[Term]:
     """Of the MoE half of a layer: router, shared expert, routed experts."""
-    spec, S, N, d = sizes.spec, sizes.cut_tokens, sizes.expert_rows, sizes.d
-    hidden, fc1 = S * spec.hidden_size * d, "mlp.experts.linear_fc1"
-    full = sizes.recipe.lora is None
-    by_index = sizes.learns(fc1) and not sizes.dispatches  # rows are taken again from the normed tokens
-    normed = full or by_index or sizes.learns("mlp.shared_experts.linear_fc1")
+    spec, S, N, F, d = sizes.spec, sizes.cut_tokens, sizes.expert_rows, sizes.expert_width, sizes.d
+    kept = [Term("MoE input", sizes.hidden, "norm")]
+    if sizes.again("moe"):
+        return [*kept, Term("normed", sizes.hidden, "the MoE layer's recompute")]
+    shared, fc1, fc2 = "mlp.shared_experts.linear_fc1", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
+    by_index = sizes.learns(fc1) and not sizes.travels  # sorted rows are taken again from the tokens
+    gathers = sizes.pairs(shared) > 0 and sizes.tp > 1
+    normed = (sizes.is_full or by_index or (sizes.pairs(shared) and not gathers)) and not sizes.again("layernorm")
     return [
-        *_when(
-            ("MoE input", hidden, "norm", True),
-            ("normed", hidden, "router, shared or routed experts learn", normed),
-            ("router scores", 3 * S * spec.num_moe_experts * 4, "sigmoid, top-k and its normalisation, fp32", True),
-            ("routing map", S * spec.num_moe_experts, "which token goes where", True),
-            ("row indices and probabilities", N * (8 + 8 + 4), "permute, combine", True),
-            ("expert rows", N * spec.hidden_size * d, "experts' linear_fc1 learns", sizes.learns(fc1) and sizes.dispatches),
+        *kept,
+        *_terms(
+            ("normed", sizes.hidden, "router, shared expert or experts", bool(normed)),
+            ("normed, gathered", sizes.gathered, shared, gathers),
+            ("router scores, choices", S * (spec.num_moe_experts * 4 + spec.moe_router_topk * 24), "sigmoid, top-k", True),
+            ("where rows go", N * 28, "permute, combine, probabilities", True),
+            ("where rows go between ranks", N * 32, "dispatch", sizes.travels),
+            ("rows at the experts", N * spec.hidden_size * d, fc1, sizes.learns(fc1) and sizes.travels),
+            ("mlp.experts: gate, up", N * 2 * F * d, "SwiGLU", True),
         ),
-        *_gated_terms(sizes, "mlp.shared_experts", sizes.tokens, spec.shared_ffn_hidden_size // sizes.tp),
-        *_gated_terms(sizes, "mlp.experts", N, sizes.expert_width),
+        *_adapter(sizes, fc1, N, spec.hidden_size),
+        *_adapter(sizes, fc2, N, F),
+        *_swiglu_terms(sizes, "mlp.shared_experts", spec.shared_ffn_hidden_size // sizes.tp),
     ]
 
 
 def layer_terms(sizes: Sizes, is_moe: bool) -> list[Term]:
-    """Everything one layer keeps when nothing of it is computed again."""
+    """Everything one layer keeps when it is not computed again whole."""
     return attention_terms(sizes) + (moe_terms(sizes) if is_moe else dense_terms(sizes))
 
 
+def mtp_terms(sizes: Sizes) -> list[Term]:
+    """What an MTP layer keeps beside its attention and experts: its two norms' inputs, eh_proj's, its last norm's."""
+    both = 2 * sizes.gathered if sizes.is_full or sizes.tp == 1 else 0
+    return [Term("embedding, hidden, output", 3 * sizes.hidden, "enorm, hnorm, last norm"), Term("joined", both, "eh_proj")]
+
+
 def head_terms(sizes: Sizes) -> list[Term]:
-    """What the end of the model keeps: the final norm's input and the head's."""
-    hidden = sizes.cut_tokens * sizes.spec.hidden_size * sizes.d
-    return _when(
-        ("final norm input", hidden, "norm", True), ("head input", hidden, "head learns", sizes.recipe.lora is None)
-    )
+    """What the end of the model keeps, once for each prediction."""
+    return [
+        Term("final norm's input", sizes.hidden, "norm"),
+        Term("head's input" if sizes.is_full else "gradient of the head's input", sizes.gathered, "loss"),
+    ]
 
 
 def row_terms(sizes: Sizes) -> list[Term]:
     """What a micro batch brings along once: tokens, positions, labels, weights, and the rotary table."""
-    spec, T = sizes.spec, sizes.tokens
-    rotary = int(spec.kv_channels * spec.rotary_percent)
-    return [
-        Term("tokens, positions, labels, weights", T * (8 + 8 + 8 + 4), "batch"),
-        Term("rotary table", 2 * T * rotary * 4, "cos and sin, fp32"),
-    ]
+    T, rotary = sizes.tokens, int(sizes.spec.kv_channels * sizes.spec.rotary_percent)
+    return [Term("tokens, positions, labels, weights", T * 28, "batch"), Term("rotary table", 2 * T * rotary * 4, "fp32")]
+
+
+def _most(*moments: list[Term]) -> list[Term]:
+    return max(moments, key=total)
 
 
 def layer_working(sizes: Sizes, is_moe: bool) -> list[Term]:
     """Alive at the worst moment of a layer's backward, beside what is kept."""
-    spec, S, N, d = sizes.spec, sizes.cut_tokens, sizes.expert_rows, sizes.d
-    hidden = S * spec.hidden_size * d
-    if not is_moe:
-        width = spec.ffn_hidden_size // sizes.tp
-        return _when(
-            ("gradient of the residual", 2 * hidden, "two are alive", True),
-            ("gradient of gate, up and product", sizes.tokens * 3 * width * d, "SwiGLU backward", True),
-        )
-    return _when(
-        ("gradient of the residual", 2 * hidden, "two are alive", True),
-        ("gradient of expert output rows", N * spec.hidden_size * d, "combine backward", True),
-        ("gradient of gate, up", N * 2 * sizes.expert_width * d, "SwiGLU backward", True),
-        ("gradient of expert input rows", N * spec.hidden_size * d, "experts' dgrad", True),
-        ("rows on the wire", N * spec.hidden_size * d, "all-to-all buffer", sizes.dispatches),
-    )
+    residual = Term("gradient of the residual", 2 * sizes.hidden, "two are alive")
+    return [residual, *_most(_attention_working(sizes), *(_moe_moments(sizes) if is_moe else _dense_moments(sizes)))]
+
+
+def _attention_working(sizes: Sizes) -> list[Term]:
+    spec, d, T = sizes.spec, sizes.d, sizes.tokens
+    query, kv = spec.query_size // sizes.tp, spec.kv_size // sizes.tp
+    return [
+        Term("gradient of attention output", T * query * d, "attention backward"),
+        Term("gradients of query, key, value", T * (query + 2 * kv * sizes.cp) * d, "attention backward"),
+        Term("gradient of query in fp32", T * query * 4, "attention's workspace"),
+    ]
+
+
+def _dense_moments(sizes: Sizes) -> list[list[Term]]:
+    width, d = sizes.spec.ffn_hidden_size // sizes.tp, sizes.d
+    weights = 3 * sizes.spec.hidden_size * width * d if sizes.is_full else 0
+    return [
+        [
+            Term("gradients of product, gate, up", sizes.tokens * 3 * width * d, "SwiGLU backward"),
+            Term("gradients of the weights", weights, "before they join the buffer"),
+        ]
+    ]
+
+
+def _moe_moments(sizes: Sizes) -> list[list[Term]]:
+    """Of the experts: around SwiGLU's backward, and around the gradient of their input."""
+    spec, N, F, d = sizes.spec, sizes.expert_rows, sizes.expert_width, sizes.d
+    rows, narrow = N * spec.hidden_size * d, N * F * d
+    fc1, fc2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
+    here = spec.num_moe_experts // sizes.layout.expert_model_parallel_size
+    weight = here * spec.hidden_size * F * d if sizes.is_full else 0
+    arrived = ("gradient as it arrived", rows, "dispatch", sizes.travels)
+    return [
+        _terms(
+            arrived,
+            ("gradient of output rows", rows, "combine backward", True),
+            ("gradients of product, gate, up", 3 * narrow, "SwiGLU backward", True),
+            ("product again", narrow, "linear_fc2", sizes.learns(fc2)),
+            ("its gradient through the adapter", narrow, "LoRA", sizes.pairs(fc2) > 0),
+            ("gradient of linear_fc2", weight, "before it joins the buffer", True),
+        ),
+        _terms(
+            arrived,
+            ("gradients of gate, up", 2 * narrow, "linear_fc1", True),
+            ("gradient of input rows", rows, "linear_fc1", True),
+            ("input rows again", rows, "linear_fc1", sizes.learns(fc1)),
+            ("their gradient through the adapter", rows, "LoRA", sizes.pairs(fc1) > 0),
+            ("gradients of linear_fc1 and linear_fc2", 3 * weight, "before they join the buffer", True),
+        ),
+    ]
 
 
 def head_working(sizes: Sizes) -> list[Term]:
-    """Alive while the loss is computed: logits of a piece of the row, and their gradient."""
-    rows = min(sizes.tokens, HEAD_ROWS)
-    words = sizes.spec.vocab_size // sizes.tp
-    return [
-        Term("logits", rows * words * sizes.d, "head"),
-        Term("logits in fp32", rows * words * 4, "cross entropy"),
-        Term("gradient of the logits", rows * words * 4, "cross entropy backward"),
-        Term("gradient of the final hidden states", 2 * sizes.cut_tokens * sizes.spec.hidden_size * sizes.d, "head dgrad"),
-    ]
+    """Alive while the loss is computed or goes back."""
+    words, d = sizes.spec.vocab_size // sizes.tp, sizes.d
+    logits = Term("logits of a piece", min(LOGITS_AT_ONCE, sizes.tokens * words) * d, "loss")
+    head = words * sizes.spec.hidden_size
+    if sizes.is_full:
+        return [
+            logits,
+            Term("gradient of the head in fp32", head * 4, "sum over pieces"),
+            Term("its part, or the whole rounded", head * d, "before it joins the buffer"),
+            Term("gradient of the head's input", sizes.gathered, "loss backward"),
+        ]
+    back = [Term("gradient of the head's input", sizes.gathered // d * (4 + d), "times each token's factor")]
+    return _most([logits], back)
 
 
 def total(terms: list[Term]) -> int:

@@ -68,13 +68,13 @@ class Model:
 
     def __init__(self, spec: ModelSpec, layout: Layout, recipe: Recipe):
         self.spec, self.layout, self.recipe = spec, layout, recipe
-        self.sizes = Sizes.of(spec, layout, recipe)
+        self.sizes = Sizes(spec, layout, recipe)
         self.with_mtp = recipe.model.mtp_loss_scaling_factor > 0 and spec.mtp_num_layers > 0
         self.stages = layout.stage_layers(spec, self.with_mtp)
         self._weights = {moe: layer_weights(spec, layout, recipe.lora, moe) for moe in (False, True)}
         self._kept = {moe: total(acts.layer_terms(self.sizes, moe)) for moe in (False, True)}
         self._working = {moe: total(acts.layer_working(self.sizes, moe)) for moe in (False, True)}
-        self._input = self.sizes.cut_tokens * spec.hidden_size * self.sizes.d
+        self._input = self.sizes.hidden
 
     @property
     def num_microbatches(self) -> int:
@@ -144,7 +144,10 @@ class Model:
         )
 
     def _wire(self, stage: int) -> float:
-        return sum(t.bytes for t in acts.layer_working(self.sizes, any(self.layers(stage))) if "wire" in t.what)
+        """Bytes of the rows that a dispatch sends: as many again arrive."""
+        if not (self.sizes.travels and any(self.layers(stage))):
+            return 0.0
+        return 2.0 * self.sizes.expert_rows * self.spec.hidden_size * self.sizes.d
 
     def _backward(self, stage: int, recompute: tuple[bool, ...], is_last: bool) -> tuple[float, float, str]:
         """(kept by all micro batches in flight, the most that is alive beside it in backward, where)."""
@@ -155,7 +158,7 @@ class Model:
             predictions = 1 + (self.spec.mtp_num_layers if self.with_mtp else 0)
             one += predictions * total(acts.head_terms(self.sizes))
             if self.with_mtp:
-                one += self.spec.mtp_num_layers * (self._kept[True] + 4 * self._input)  # enorm, hnorm and eh_proj's inputs
+                one += self.spec.mtp_num_layers * (self._kept[True] + total(acts.mtp_terms(self.sizes)))
             worst, where = total(acts.head_working(self.sizes)), "head"
         freed = 0.0  # of this micro batch, by the layers behind whose backward is done
         for kept, rebuilt, working in reversed(groups):
@@ -220,4 +223,4 @@ def _mtp(spec: ModelSpec, recipe: Recipe) -> bool:
 
 def terms_of_a_layer(spec: ModelSpec, layout: Layout, recipe: Recipe, is_moe: bool = True) -> list[Term]:
     """The table of what a layer keeps, for people."""
-    return acts.layer_terms(Sizes.of(spec, layout, recipe), is_moe)
+    return acts.layer_terms(Sizes(spec, layout, recipe), is_moe)

@@ -1,0 +1,184 @@
+"""A recipe, a number of cards and a kind of card → what every rank holds, how long a step takes, and whether it fits."""
+
+from dataclasses import dataclass, replace
+
+from glm45_tune.errors import LayoutError, RecipeError, UserError
+from glm45_tune.layout import Layout
+from glm45_tune.plan.cards import Card
+from glm45_tune.plan.memory import GIB, Model, StageMemory
+from glm45_tune.plan.timing import StepTime, step_seconds
+from glm45_tune.recipe import Recipe
+from glm45_tune.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Cards of one kind. document_tokens: how long documents are (mean over tokens), for attention's share of the time."""
+
+    card: Card
+    gpus: int
+    gpus_per_node: int
+    document_tokens: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout on one kind of card."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    layout: Layout
+    hardware: Hardware
+    stages: list[StageMemory]
+    time: StepTime | None
+    """None where the card's speed is not known (cpu)."""
+
+    @property
+    def worst(self) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.needed)
+
+    @property
+    def fits(self) -> bool:
+        return self.worst.needed <= self.hardware.card.memory_gib * GIB
+
+    @property
+    def recomputed(self) -> int:
+        return sum(sum(stage.recompute) for stage in self.stages)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.time.tokens / self.time.total if self.time else 0.0
+
+
+def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
+    """Everything about the numbers of a layout that can be wrong, with what would be right. Raises UserError."""
+    layout.check(spec)
+    rows = recipe.train.micro_batch_size * layout.data_parallel_size
+    batch = recipe.train.global_batch_size
+    if batch % rows:
+        near = sorted({max(1, batch // rows) * rows, -(-batch // rows) * rows})
+        raise RecipeError(
+            f"train.global_batch_size {batch} is no multiple of micro_batch_size {recipe.train.micro_batch_size} × "
+            f"{layout.data_parallel_size} data-parallel ranks = {rows}; use {' or '.join(map(str, near))}."
+        )
+    pieces = layout.tensor_model_parallel_size
+    length = recipe.data.seq_length
+    if length % pieces:
+        near = [size for size in (length // pieces * pieces, -(-length // pieces) * pieces) if size]
+        raise RecipeError(
+            f"data.seq_length {length} is no multiple of {pieces}, into which tensor ranks cut a row; "
+            f"use {' or '.join(map(str, near))}."
+        )
+
+
+def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan:
+    """The recipe under this layout as it stands; with recompute `auto`, the least that fits. Raises UserError."""
+    check(spec, layout, recipe)
+    model = Model(spec, layout, recipe)
+    stages = model.all_stages()
+    if recipe.train.recompute_granularity == "auto":
+        stages = _least(model, hardware) or [model.memory(s, (True,) * n) for s, n in enumerate(model.stages)]
+    return _of(model, hardware, stages)
+
+
+def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
+    card = hardware.card
+    time = step_seconds(model, stages, card, hardware.document_tokens, hardware.gpus_per_node) if card.tflops else None
+    return Plan(model.spec, model.recipe, model.layout, hardware, stages, time)
+
+
+def _least(model: Model, hardware: Hardware) -> list[StageMemory] | None:
+    stages = []
+    for stage in range(len(model.stages)):
+        found = model.least(stage, hardware.card.memory_gib * GIB)
+        if found is None:
+            return None
+        stages.append(found)
+    return stages
+
+
+def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan | None:
+    """The layout with as little computed again as fits; None where nothing fits. Raises UserError on a wrong layout."""
+    check(spec, layout, recipe)
+    model = Model(spec, layout, recipe)
+    stages = _least(model, hardware)
+    return _of(model, hardware, stages) if stages else None
+
+
+def search(spec: ModelSpec, recipe: Recipe, hardware: Hardware) -> list[Plan]:
+    """Every layout of these cards that fits, fastest first (by memory where speed is not known)."""
+    found = []
+    for layout in _layouts(spec, recipe, hardware):
+        try:
+            candidate = with_least_recompute(spec, recipe, layout, hardware)
+        except UserError:
+            continue
+        if candidate:
+            found.append(candidate)
+    return sorted(found, key=lambda plan: (-plan.tokens_per_second, plan.worst.needed))
+
+
+def _layouts(spec: ModelSpec, recipe: Recipe, hardware: Hardware):
+    gpus = hardware.gpus
+    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    base = recipe.parallel.layout(gpus)
+    for tensor in (n for n in divisors if n <= hardware.gpus_per_node and spec.num_query_groups % n == 0):
+        for pipeline in (n for n in divisors if n <= spec.num_layers and gpus % (n * tensor) == 0):
+            for expert in (n for n in divisors if spec.num_moe_experts % n == 0 and gpus % (n * pipeline) == 0):
+                yield replace(
+                    base,
+                    tensor_model_parallel_size=tensor,
+                    pipeline_model_parallel_size=pipeline,
+                    expert_model_parallel_size=expert,
+                    expert_tensor_parallel_size=1,
+                )
+
+
+def fewest(spec: ModelSpec, recipe: Recipe, hardware: Hardware, most: int = 1024) -> int | None:
+    """The fewest cards, more than the plan has, on which the recipe's own layout fits as it stands."""
+    step = recipe.parallel.layout().smallest_world_size
+    for gpus in range((hardware.gpus // step + 1) * step, most + 1, step):
+        try:
+            if plan(spec, recipe, recipe.parallel.layout(gpus), replace(hardware, gpus=gpus)).fits:
+                return gpus
+        except RecipeError:  # the batch does not divide
+            continue
+        except LayoutError:
+            return None
+    return None
+
+
+def reason(found: Plan, best: Plan) -> str:
+    """Why a layout stands where it stands, in a few words."""
+    again = found.recomputed
+    parts = [f"{again} of {found.spec.num_layers} layers recomputed" if again else "nothing recomputed"]
+    if found.time:
+        shares = {name: value / found.time.total for name, value in found.time.parts.items()}
+        for name, what in (("bubble", "pipeline idle"), ("wires", "on the wires"), ("optimizer", "in the optimizer")):
+            if shares[name] >= 0.05:
+                parts.append(f"{shares[name]:.0%} {what}")
+    free = found.hardware.card.memory_gib - found.worst.needed / GIB
+    parts.append(f"{free:.1f} GiB to spare")
+    if found is not best and found.worst.needed < best.worst.needed - GIB:
+        parts.append("less memory than the fastest")
+    return ", ".join(parts)
+
+
+def what_binds(found: Plan) -> str:
+    """The limit that a change of the recipe would move first."""
+    worst = found.worst
+    parts = {
+        "weights": worst.weights,
+        "gradients": worst.gradients,
+        "optimizer state": worst.optimizer,
+        "Adam's own buffers" if worst.worst == "optimizer" else "activations": max(
+            worst.optimizer_working if worst.worst == "optimizer" else worst.activations, 0
+        ),
+        "logits" if worst.worst == "head" else "a layer's backward": worst.working if worst.worst != "optimizer" else 0,
+    }
+    name = max(parts, key=parts.get)
+    memory = f"memory: {name}, {parts[name] / worst.needed:.0%} of stage {worst.stage}"
+    if found.time is None:
+        return memory
+    slow = max(found.time.parts, key=found.time.parts.get)
+    return f"{memory}; time: {slow}, {found.time.parts[slow] / found.time.total:.0%} of a step"
