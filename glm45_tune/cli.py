@@ -177,6 +177,38 @@ def data(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML). Of the model, only config.json is read.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top, such as data.seq_length=16384.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Kind of card: h20, h100, h200, a100, a800, b200, cpu, or described. All, if left out."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many; the recipe's own number by default.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Cards of one host.")] = 8,
+    search: Annotated[bool, typer.Option("--search", help="The best layouts for these cards, ranked.")] = False,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of your data, for the time of an epoch.")] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of documents, for attention's time; a whole row by default.")
+    ] = None,
+    sbatch: Annotated[bool, typer.Option("--sbatch", help="Print a Slurm script that trains this plan.")] = False,
+    minutes: Annotated[int | None, typer.Option(min=1, help="Of --sbatch: the job's time limit.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Memory, layout and time of a run before a card is touched; exit 2 with what would fit when it does not."""
+    if sbatch and (search or as_json):
+        raise UserError("plan: --sbatch prints a script; leave --search and --json out.")
+    from glm45_tune.plan import command
+
+    request = command.Request(recipe, overrides or [], gpu, gpus, gpus_per_node, document_tokens, tokens, minutes)
+    question = command.ask(request)
+    if search:
+        command.search(question, as_json)
+    else:
+        command.plan_as_it_is(question, as_json, sbatch)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top, such as optimizer.lr=5e-5.")] = None,

@@ -193,9 +193,13 @@ def moe_terms(sizes: Sizes) -> list[Term]:
     ]
 
 
+def mlp_terms(sizes: Sizes, is_moe: bool) -> list[Term]:
+    return moe_terms(sizes) if is_moe else dense_terms(sizes)
+
+
 def layer_terms(sizes: Sizes, is_moe: bool) -> list[Term]:
     """Everything one layer keeps when it is not computed again whole."""
-    return attention_terms(sizes) + (moe_terms(sizes) if is_moe else dense_terms(sizes))
+    return attention_terms(sizes) + mlp_terms(sizes, is_moe)
 
 
 def mtp_terms(sizes: Sizes) -> list[Term]:

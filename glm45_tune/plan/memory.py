@@ -6,7 +6,7 @@ from math import ceil
 from glm45_tune.errors import LayoutError
 from glm45_tune.layout import Layout
 from glm45_tune.plan import activations as acts
-from glm45_tune.plan.activations import DTYPE_BYTES, Sizes, Term, total
+from glm45_tune.plan.activations import DTYPE_BYTES, Sizes, total
 from glm45_tune.plan.weights import Weights, ends_weights, layer_weights
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
@@ -63,6 +63,19 @@ class StageMemory:
         return self.peak + self.margin
 
 
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """What backward computes again. layers: of a stage, whether; run: so many whole layers at a time, or 0: half a layer."""
+
+    layers: tuple[bool, ...]
+    run: int = 0
+
+    @classmethod
+    def first(cls, again: int, count: int) -> "Recompute":
+        """The first layers: their turn in backward comes when the others' activations are gone."""
+        return cls((True,) * again + (False,) * (count - again))
+
+
 class Model:
     """The arithmetic of one recipe under one layout; layers of a kind are counted once."""
 
@@ -72,7 +85,11 @@ class Model:
         self.with_mtp = recipe.model.mtp_loss_scaling_factor > 0 and spec.mtp_num_layers > 0
         self.stages = layout.stage_layers(spec, self.with_mtp)
         self._weights = {moe: layer_weights(spec, layout, recipe.lora, moe) for moe in (False, True)}
-        self._kept = {moe: total(acts.layer_terms(self.sizes, moe)) for moe in (False, True)}
+        halves = {
+            moe: (total(acts.attention_terms(self.sizes)), total(acts.mlp_terms(self.sizes, moe))) for moe in (False, True)
+        }
+        self._kept = {moe: sum(parts) for moe, parts in halves.items()}
+        self._half = {moe: max(parts) for moe, parts in halves.items()}
         self._working = {moe: total(acts.layer_working(self.sizes, moe)) for moe in (False, True)}
         self._input = self.sizes.hidden
 
@@ -97,29 +114,31 @@ class Model:
         """Micro batches whose activations a stage holds at once under 1F1B."""
         return min(self.num_microbatches, len(self.stages) - stage)
 
-    def groups(self, stage: int, recompute: tuple[bool, ...]) -> list[tuple[int, int, int]]:
+    def groups(self, stage: int, recompute: "Recompute") -> list[tuple[int, int, int]]:
         """Runs of layers that backward treats as one: (bytes kept, bytes rebuilt when their turn comes, worst working)."""
-        kinds = self.layers(stage)
-        train = self.recipe.train
-        size = train.recompute_num_layers if train.recompute_granularity == "full" and all(recompute) else 1
-        size = 1 if train.recompute_method == "block" else size
-        found = []
+        kinds, found = self.layers(stage), []
+        size = recompute.run or 1
         for first in range(0, len(kinds), size):
             run = kinds[first : first + size]
             kept, working = sum(self._kept[moe] for moe in run), max(self._working[moe] for moe in run)
-            found.append((self._input, kept, working) if recompute[first] else (kept, 0, working))
+            if not recompute.layers[first]:
+                found.append((kept, 0, working))
+            elif recompute.run:
+                found.append((self._input, kept, working))
+            else:
+                found.append((2 * self._input, self._half[run[0]], working))
         return found
 
-    def by_recipe(self, stage: int) -> tuple[bool, ...]:
-        """Which layers of a stage the recipe has computed again (megatron's meaning of full, uniform and block)."""
+    def by_recipe(self, stage: int) -> "Recompute":
+        """What the recipe has computed again (megatron's meaning of full, uniform and block)."""
         train, count = self.recipe.train, self.stages[stage]
         if train.recompute_granularity != "full":
-            return (False,) * count
-        again = min(train.recompute_num_layers, count) if train.recompute_method == "block" else count
-        return (True,) * again + (False,) * (count - again)
+            return Recompute((False,) * count)
+        if train.recompute_method == "uniform":
+            return Recompute((True,) * count, train.recompute_num_layers)
+        return Recompute.first(min(train.recompute_num_layers, count), count)
 
-    def memory(self, stage: int, recompute: tuple[bool, ...]) -> StageMemory:
-        """recompute: for each layer of the stage whether backward computes it again."""
+    def memory(self, stage: int, recompute: Recompute) -> StageMemory:
         counted, d = self.weights(stage), self.sizes.d
         is_last = stage == len(self.stages) - 1
         kept, working, worst = self._backward(stage, recompute, is_last)
@@ -140,7 +159,7 @@ class Model:
             wire=self._wire(stage),
             optimizer_working=adam,
             in_flight=self.in_flight(stage),
-            recompute=recompute,
+            recompute=recompute.layers,
         )
 
     def _wire(self, stage: int) -> float:
@@ -149,7 +168,7 @@ class Model:
             return 0.0
         return 2.0 * self.sizes.expert_rows * self.spec.hidden_size * self.sizes.d
 
-    def _backward(self, stage: int, recompute: tuple[bool, ...], is_last: bool) -> tuple[float, float, str]:
+    def _backward(self, stage: int, recompute: Recompute, is_last: bool) -> tuple[float, float, str]:
         """(kept by all micro batches in flight, the most that is alive beside it in backward, where)."""
         groups = self.groups(stage, recompute)
         one = total(acts.row_terms(self.sizes)) + sum(kept for kept, _, _ in groups)
@@ -189,7 +208,7 @@ class Model:
         count = self.stages[stage]
 
         def of(again: int) -> StageMemory:
-            return self.memory(stage, (True,) * again + (False,) * (count - again))
+            return self.memory(stage, Recompute.first(again, count))
 
         if of(count).needed > free_bytes:
             return None
@@ -204,23 +223,14 @@ def least_recompute(spec: ModelSpec, layout: Layout, recipe: Recipe, free_bytes:
     """For each layer of a pipeline stage whether backward should compute it again: the fewest that fit.
 
     free_bytes: what the card has free before anything of the run is on it; weights, gradients, optimizer and a margin come off
-    it here. The first layers are computed again: their turn in backward comes when the others' activations are gone, so that a
-    rebuilt layer costs no room. Raises LayoutError when not even all of them suffice.
+    it here. Recomputed are the first n layers, as megatron's recompute_method block does it. Raises LayoutError when not even all of them suffice.
     """
     found = Model(spec, layout, recipe).least(stage, free_bytes)
     if found is None:
-        least = Model(spec, layout, recipe).memory(stage, (True,) * layout.stage_layers(spec, _mtp(spec, recipe))[stage])
+        model = Model(spec, layout, recipe)
+        least = model.memory(stage, Recompute.first(model.stages[stage], model.stages[stage]))
         raise LayoutError(
             f"stage {stage} needs {ceil(least.needed / GIB * 10) / 10:.1f} GiB a rank with every layer recomputed; "
             f"{free_bytes / GIB:.1f} GiB are free. glm45-tune plan RECIPE --search shows layouts that fit."
         )
     return list(found.recompute)
-
-
-def _mtp(spec: ModelSpec, recipe: Recipe) -> bool:
-    return recipe.model.mtp_loss_scaling_factor > 0 and spec.mtp_num_layers > 0
-
-
-def terms_of_a_layer(spec: ModelSpec, layout: Layout, recipe: Recipe, is_moe: bool = True) -> list[Term]:
-    """The table of what a layer keeps, for people."""
-    return acts.layer_terms(Sizes(spec, layout, recipe), is_moe)

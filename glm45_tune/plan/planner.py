@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from glm45_tune.errors import LayoutError, RecipeError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
-from glm45_tune.plan.memory import GIB, Model, StageMemory
+from glm45_tune.plan.memory import GIB, Model, Recompute, StageMemory
 from glm45_tune.plan.timing import StepTime, step_seconds
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
@@ -77,7 +77,7 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
     model = Model(spec, layout, recipe)
     stages = model.all_stages()
     if recipe.train.recompute_granularity == "auto":
-        stages = _least(model, hardware) or [model.memory(s, (True,) * n) for s, n in enumerate(model.stages)]
+        stages = _least(model, hardware) or [model.memory(s, Recompute.first(n, n)) for s, n in enumerate(model.stages)]
     return _of(model, hardware, stages)
 
 
