@@ -26,6 +26,7 @@ echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on
 
 # One task a rank; %t in a log's name is the rank, and a restart writes on below. When a rank fails, the others have a minute.
 status=0
+# shellcheck disable=SC2016  # every task expands its own rank
 srun --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' rank "${command[@]}" || status=$?
 

@@ -1,0 +1,63 @@
+"""Every recipe of a cluster in small: the tiny twin of its layout is trained, and holds what the planner says it holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glm45_tune.plan.memory import Model
+from glm45_tune.recipe import Recipe
+from glm45_tune.spec import load_spec
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parent / "twin_worker.py"
+BIG = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("tiny"))
+WORLD_SIZE = 4
+
+
+def twin(path: Path, checkpoints, corpus, texts, output) -> dict:
+    """The recipe as it is, of a tiny model: every parallel size above 1 is 2, rows are short, the batch is small."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sizes = recipe.setdefault("parallel", {})
+    sizes.update({key: 2 for key, size in sizes.items() if size > 1})
+    like = "air" if "Air" in recipe["model"]["path"] else "355b"
+    recipe["model"] |= {"path": str(checkpoints[like]), "params_dtype": "fp32"}
+    is_text = recipe["data"].get("format") == "text"
+    recipe["data"] |= {"train": str(texts if is_text else corpus), "seq_length": 160, "eval_ratio": 0.0}
+    train = recipe["train"]
+    train |= {"global_batch_size": 4, "recompute_num_layers": min(train.get("recompute_num_layers", 1), 2)}
+    recipe["output_dir"] = str(output / f"{path.stem}_run")
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory, checkpoints, corpus, ranks) -> tuple[Path, dict[str, dict]]:
+    """All twins trained by one start of four ranks."""
+    output = tmp_path_factory.mktemp("twins")
+    texts = output / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"第{n}条河流。The river is long. " * (1 + n % 4)}) + "\n" for n in range(24))
+    )
+    recipes = {path.stem: twin(path, checkpoints, corpus, texts, output) for path in BIG}
+    cases = output / "cases.json"
+    cases.write_text(json.dumps([{"name": name, "recipe": recipe} for name, recipe in recipes.items()]))
+    ranks(WORLD_SIZE, WORKER, [str(cases), str(output)])
+    return output, recipes
+
+
+@pytest.mark.parametrize("name", [path.stem for path in BIG])
+def test_the_tiny_twin_of_a_recipe_trains_and_holds_what_is_planned(twins, name):
+    """Weights, adapters, gradients: to the byte, on every rank. Optimizer state, which ranks share unevenly: together."""
+    output, recipes = twins
+    recipe = Recipe.from_dict(recipes[name])
+    model = Model(load_spec(recipe.model.path), recipe.parallel.layout(WORLD_SIZE), recipe)
+    planned = model.all_stages()
+    found = [json.loads((output / f"{name}.{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
+    assert len({tuple(rank["losses"]) for rank in found}) == 1
+    for rank in found:
+        stage = planned[rank["stage"]]
+        for kind in ("weights", "lora", "gradients"):
+            assert rank[kind] == getattr(stage, kind), (kind, rank["stage"])
+    together = sum(planned[rank["stage"]].optimizer for rank in found)
+    assert sum(rank["optimizer"] for rank in found) == pytest.approx(together, rel=1e-3)

@@ -1,0 +1,241 @@
+"""The planner: counts are exact, limits are said with what would fit, and nothing heavy is imported for it."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm45_tune.conversion.names import hf_shapes
+from glm45_tune.errors import LayoutError, UserError
+from glm45_tune.layout import Layout
+from glm45_tune.plan import rates
+from glm45_tune.plan.cards import CARDS, find_card
+from glm45_tune.plan.memory import GIB, Model, Recompute, least_recompute
+from glm45_tune.plan.models import find_spec
+from glm45_tune.plan.planner import Hardware, plan, search
+from glm45_tune.plan.timing import step_seconds
+from glm45_tune.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+BIG = [path for path in RECIPES if not path.stem.startswith("tiny")]
+AIR_LORA = ROOT / "recipes" / "air_lora_4gpu.yaml"
+
+
+@pytest.mark.parametrize("name, billions", [("GLM-4.5-Air", (106.85, 110.5)), ("zai-org/GLM-4.5", (352.8, 358.3))])
+def test_weights_add_up_to_the_published_count(name, billions):
+    """facts: parameters without and with MTP; the names table counts the same, its copies of embedding and head apart."""
+    spec, _ = find_spec(name)
+    for with_mtp, published in zip((False, True), billions):
+        recipe = Recipe.load(AIR_LORA, ["lora=null", f"model.mtp_loss_scaling_factor={0.1 * with_mtp}"])
+        counted = Model(spec, Layout(), recipe).weights(0)
+        shapes = hf_shapes(spec if with_mtp else dataclasses.replace(spec, mtp_num_layers=0))
+        rows = sum(math.prod(shape) for key, shape in shapes.items() if not key.endswith("e_score_correction_bias"))
+        copies = 2 * spec.vocab_size * spec.hidden_size if with_mtp else 0
+        assert counted.dense + counted.expert == rows - copies
+        assert (counted.dense + counted.expert + copies) / 1e9 == pytest.approx(published, abs=0.06)
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 1, 8, 1, 8), Layout(2, 4, 16, 1, 64), Layout(8, 16, 8, 1, 128)], ids=str)
+def test_what_ranks_hold_adds_up_to_the_model(layout):
+    """Matrices of all ranks together, each replica once, are the model's; only what every tensor rank repeats is more."""
+    spec, _ = find_spec("GLM-4.5")
+    recipe = Recipe.load(AIR_LORA, ["lora=null"])
+    whole, cut = Model(spec, Layout(), recipe).weights(0), Model(spec, layout, recipe)
+    stages = [cut.weights(stage) for stage in range(len(cut.stages))]
+    assert sum(stage.expert for stage in stages) * layout.expert_model_parallel_size == whole.expert
+    repeated = sum(2 * spec.hidden_size + 2 * spec.kv_channels + spec.is_moe(n) * spec.num_moe_experts * spec.hidden_size
+                   for n in range(spec.num_layers)) + spec.hidden_size  # fmt: skip
+    tp = layout.tensor_model_parallel_size
+    assert sum(stage.dense for stage in stages) * tp == whole.dense + (tp - 1) * repeated
+
+
+def _line(path: Path) -> list[str]:
+    """The arguments of the plan line in a recipe's header."""
+    return re.search(rf"glm45-tune plan recipes/{path.name}(.*)", path.read_text(encoding="utf-8"))[1].split()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_fits_the_cards_its_header_names(path, cli, checkpoints):
+    """The header's own plan line, as a user would type it."""
+    model = [f"model.path={checkpoints['air']}"] if path.stem.startswith("tiny") else []
+    code, out, err = cli("plan", path, *model, *_line(path))
+    assert code == 0 and "memory     fits" in out, err
+    code, out, err = cli("plan", path, *model, *_line(path), "--json")
+    document = json.loads(out)
+    assert code == 0 and document["fits"] and len(document["stages"]) == document["layout"]["pipeline_model_parallel_size"]
+
+
+@pytest.mark.parametrize("path", BIG, ids=lambda path: path.stem)
+def test_one_card_too_few_is_refused_with_the_nearest_that_fits(path, cli):
+    arguments = _line(path)
+    count = arguments.index("--gpus") + 1
+    arguments[count] = str(int(arguments[count]) - 1)
+    code, _, err = cli("plan", path, *arguments)
+    assert code == 2 and "does not divide" in err and "Nearest that fits" in err
+    assert f"{int(arguments[count]) + 1} × {arguments[arguments.index('--gpu') + 1]}, the recipe as it is" in err
+
+
+FAULTS = {
+    "experts": (["parallel.expert_model_parallel_size=3"], ["3 does not divide the 128 experts", "allowed: 1, 2, 4, 8"]),
+    "heads": (["parallel.tensor_model_parallel_size=16"], ["does not divide the 8 query groups; allowed: 1, 2, 4, 8"]),
+    "stages": (["parallel.pipeline_model_parallel_size=64"], ["64 exceeds the 46 layers"]),
+    "batch": (["train.global_batch_size=6"], ["global_batch_size 6 is no multiple of micro_batch_size 1 × 4", "use 4 or 8"]),
+    "row": (["data.seq_length=8191", "parallel.tensor_model_parallel_size=2"], ["8191 is no multiple of 2", "8190 or 8192"]),
+    "card": (["--gpu", "b100"], ["unknown card", "Did you mean", "memory_gib=…"]),
+    "card by half": (["--gpu", "memory_gib=48"], ["tflops, bandwidth_gb_s, link_gb_s missing"]),
+    "card by nonsense": (["--gpu", "h100:memory_gib=-1"], ["no KEY=NUMBER above 0"]),
+    "memory": (["--gpu", "a100", "model.path=GLM-4.5"], ["GiB of 79.2", "weights", "Nearest that fits", "× a100"]),
+    "model": (["model.path=/nope/GLM-9"], ["no such directory", "GLM-4.5-Air"]),
+    "script without a card": (["--sbatch"], ["--gpu"]),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_ends_with_what_would_be_right(name, cli):
+    changes, words = FAULTS[name]
+    card = [] if "--gpu" in changes or "--sbatch" in changes else ["--gpu", "h20"]
+    code, _, err = cli("plan", AIR_LORA, *card, *changes)
+    assert code == 2 and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_a_card_can_be_described():
+    card = find_card("memory_gib=94,tflops=835,bandwidth_gb_s=3900,link_gb_s=600")
+    assert (card.memory_gib, card.tflops, card.node_link_gb_s) == (94, 835, 50)
+    assert find_card("H100:memory_gib=94") == dataclasses.replace(CARDS["h100"], memory_gib=94)
+    assert find_card("cpu").memory_gib > 0.5
+
+
+def test_355b_on_128_ranks_takes_a_second_and_no_torch(tmp_path):
+    """≤ 1 s of this process's time, start of Python included; in an empty folder, by the model's name alone."""
+    code = (
+        "import resource, sys\n"
+        "from glm45_tune.cli import main\n"
+        f"sys.argv = ['glm45-tune', 'plan', {str(ROOT / 'recipes' / 'glm45_sft_128xh20.yaml')!r}, '--gpu', 'h20', '--json']\n"
+        "main.__globals__['app'](standalone_mode=False)\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    document, used = ended.stdout.splitlines()
+    assert json.loads(document)["layout"]["world_size"] == 128
+    seconds, heavy = used.split(" ", 1)
+    assert float(seconds) < 1.0 and heavy == "[]"
+
+
+def _air(*overrides: str) -> tuple:
+    recipe = Recipe.load(AIR_LORA, overrides)
+    spec, _ = find_spec(recipe.model.path)
+    return spec, recipe.parallel.layout(), recipe
+
+
+@pytest.mark.parametrize("gib", [72, 79.1, 95.2, 130])
+def test_the_least_recompute_is_the_least(gib):
+    """It fits, and with one layer less it would not."""
+    spec, layout, recipe = _air()
+    found = least_recompute(spec, layout, recipe, gib * GIB, 0)
+    again, count = sum(found), len(found)
+    assert count == 46 and found == [True] * again + [False] * (count - again)
+    model = Model(spec, layout, recipe)
+    assert model.memory(0, Recompute.first(again, count)).needed <= gib * GIB
+    assert again == 0 or model.memory(0, Recompute.first(again - 1, count)).needed > gib * GIB
+
+
+def test_no_recompute_is_enough_for_too_little_memory():
+    with pytest.raises(LayoutError, match="every layer recomputed; 60.0 GiB are free"):
+        least_recompute(*_air(), 60 * GIB, 0)
+
+
+def test_laws_of_memory():
+    """More recompute keeps less; more experts' ranks hold less; a longer row keeps more; full training needs 18 bytes a weight."""
+
+    def needed(*overrides):
+        spec, layout, recipe = _air(*overrides)
+        return max(stage.needed for stage in Model(spec, layout, recipe).all_stages())
+
+    none = needed("train.recompute_granularity=null")
+    assert needed() < needed("train.recompute_method=block", "train.recompute_num_layers=20") < none
+    assert needed("train.recompute_granularity=selective") < none
+    assert needed("parallel.expert_model_parallel_size=8") < needed() < needed("data.seq_length=16384")
+    assert needed() < needed("lora.target_modules=all-linear")
+    spec, layout, recipe = _air("lora=null")
+    stage = Model(spec, layout, recipe).all_stages()[0]
+    held = Model(spec, layout, recipe).weights(0)
+    assert stage.gradients == 4 * (held.dense + held.expert) and stage.weights == 2 * (held.dense + held.expert)
+    assert stage.optimizer == 12 * (held.dense / 4 + held.expert)
+
+
+def test_a_measured_layer_is_met_by_the_time_model():
+    """46 layers at the measured milliseconds are the step's part that layers take; a card with half the speed takes longer."""
+    spec, layout, recipe = _air("train.recompute_granularity=null", "parallel.expert_model_parallel_size=1",
+                                "train.global_batch_size=1")  # fmt: skip
+    model = Model(spec, layout, recipe)
+
+    def seconds(card, layers):
+        spec_ = dataclasses.replace(spec, num_layers=layers)
+        model = Model(spec_, layout, recipe)
+        return step_seconds(model, model.all_stages(), card, rates.DOCUMENT_TOKENS).total
+
+    card = CARDS[rates.MEASURED_CARD]
+    assert (seconds(card, 46) - seconds(card, 45)) * 1e3 == pytest.approx(rates.LAYER_MS, rel=0.01)
+    slower = dataclasses.replace(card, tflops=card.tflops / 2)
+    assert seconds(card, 46) < seconds(slower, 46) < 2 * seconds(card, 46)
+    assert step_seconds(model, model.all_stages(), card, 1024).total < seconds(card, 46)
+
+
+def test_search_ranks_what_fits(cli):
+    """Every layout found fits and is valid; the first is the fastest; and the printed settings are a recipe that fits."""
+    spec, _, recipe = _air()
+    hardware = Hardware(CARDS["h100"], 8, 8, 8192)
+    found = search(spec, recipe, hardware)
+    assert len(found) > 5 and all(plan.fits for plan in found)
+    assert found == sorted(found, key=lambda plan: -plan.tokens_per_second)
+    code, out, _ = cli("plan", AIR_LORA, "--gpu", "h100", "--gpus", 8, "--search", "--json")
+    first = json.loads(out)[0]
+    assert code == 0 and first["why"]
+    code, out, err = cli("plan", AIR_LORA, "--gpu", "h100", "--gpus", 8, *first["settings"].split(), "--json")
+    assert code == 0, err
+    assert json.loads(out)["time"]["seconds_per_step"] == pytest.approx(first["time"]["seconds_per_step"], rel=1e-6)
+
+
+def test_without_a_card_all_are_shown(cli):
+    code, out, _ = cli("plan", AIR_LORA)
+    assert code == 0 and all(name in out for name in CARDS)
+    code, out, err = cli("plan", AIR_LORA, "model.path=GLM-4.5")
+    assert code == 2 and "Nearest that fits" in err
+
+
+def test_the_script_asks_for_whole_nodes(cli):
+    code, out, _ = cli("plan", ROOT / "recipes" / "glm45_sft_128xh20.yaml", "--gpu", "h20", "--sbatch", "optimizer.lr=2e-5")
+    assert code == 0 and "--nodes=16\n" in out and "--ntasks-per-node=8\n" in out and "--gpus-per-node=8\n" in out
+    assert "optimizer.lr=2e-5)" in out
+    code, _, err = cli("plan", AIR_LORA, "--gpu", "h20", "--gpus", 12, "train.global_batch_size=12", "--sbatch")
+    assert code == 2 and "do not fill nodes of 8" in err
+
+
+def test_config_json_alone_is_enough(tmp_path, cli):
+    """A folder with nothing but config.json is planned, and a foreign one refused."""
+    from glm45_tune.plan.models import PUBLIC
+
+    (tmp_path / "config.json").write_text(json.dumps(PUBLIC["GLM-4.5"]))
+    code, out, err = cli("plan", AIR_LORA, f"model.path={tmp_path}", "--gpu", "h20", "--gpus", 16,
+                         "parallel.expert_model_parallel_size=16", "parallel.tensor_model_parallel_size=4", "--json")  # fmt: skip
+    assert code == 0 and json.loads(out)["model"]["sizes_from"] == f"{tmp_path}/config.json", err
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="glm4_moe"):
+        find_spec(str(tmp_path))
+
+
+def test_auto_recompute_is_planned_as_the_least(tmp_path):
+    """Where a recipe says auto, the plan shows what `least_recompute` would choose for the card."""
+    spec, layout, recipe = _air()
+    train = recipe.train.model_copy(update={"recompute_granularity": "auto"})
+    found = plan(spec, recipe.model_copy(update={"train": train}), layout, Hardware(CARDS["h20"], 4, 8, 8192))
+    assert list(found.stages[0].recompute) == least_recompute(spec, layout, recipe, CARDS["h20"].memory_gib * GIB, 0)
