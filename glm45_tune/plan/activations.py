@@ -72,6 +72,11 @@ class Sizes:
         return self.cut_tokens * self.spec.hidden_size * self.d
 
     @property
+    def norm_input(self) -> int:
+        """Bytes that a norm keeps: its input, and one number a token."""
+        return self.hidden + 4 * self.cut_tokens
+
+    @property
     def gathered(self) -> int:
         """Bytes of a hidden state that every tensor rank holds whole."""
         return self.tokens * self.spec.hidden_size * self.d
@@ -129,11 +134,18 @@ def attention_terms(sizes: Sizes) -> list[Term]:
     core = sizes.again("core_attn")
     return [
         *_terms(
-            ("layer input", sizes.hidden, "norm", True),
+            ("layer input", sizes.norm_input, "norm", True),
             ("normed", _input_of(sizes, qkv), "linear_qkv", sizes.learns(qkv) and not sizes.again("layernorm")),
-            ("query, key before their norm", T * (query + kv) * d, "q and k norm", spec.qk_layernorm),
+            ("linear_qkv's output", T * (query + 2 * kv) * d, "k norm; value is a view of it", spec.qk_layernorm),
+            ("query before its norm", T * query * d, "q norm", spec.qk_layernorm),
+            (
+                "scales of the two norms",
+                T * (heads + spec.num_query_groups // sizes.tp) * 4,
+                "their backward",
+                spec.qk_layernorm,
+            ),
             ("query", T * query * d, "attention", True),
-            ("key, value", seen * 2 * kv * d, "attention", True),
+            ("key, value", seen * (1 if spec.qk_layernorm else 2) * kv * d, "attention", True),
             ("attention output", T * query * d, "attention, linear_proj", not core or sizes.learns(proj)),
             ("log-sum-exp", T * heads * 4, "attention", not core),
         ),
@@ -158,7 +170,7 @@ def _swiglu_terms(sizes: Sizes, front: str, width: int) -> list[Term]:
 def dense_terms(sizes: Sizes) -> list[Term]:
     """Of the MLP half of a dense layer."""
     fc1 = "mlp.linear_fc1"
-    kept = [Term("MLP input", sizes.hidden, "norm")]
+    kept = [Term("MLP input", sizes.norm_input, "norm")]
     if sizes.again("mlp"):
         return [*kept, Term("normed", sizes.hidden, "the MLP's recompute")]
     keeps = sizes.learns(fc1) and not sizes.again("layernorm")
@@ -169,7 +181,7 @@ def dense_terms(sizes: Sizes) -> list[Term]:
 def moe_terms(sizes: Sizes) -> list[Term]:
     """Of the MoE half of a layer: router, shared expert, routed experts."""
     spec, S, N, F, d = sizes.spec, sizes.cut_tokens, sizes.expert_rows, sizes.expert_width, sizes.d
-    kept = [Term("MoE input", sizes.hidden, "norm")]
+    kept = [Term("MoE input", sizes.norm_input, "norm")]
     if sizes.again("moe"):
         return [*kept, Term("normed", sizes.hidden, "the MoE layer's recompute")]
     shared, fc1, fc2 = "mlp.shared_experts.linear_fc1", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
@@ -181,7 +193,12 @@ def moe_terms(sizes: Sizes) -> list[Term]:
         *_terms(
             ("normed", sizes.hidden, "router, shared expert or experts", bool(normed)),
             ("normed, gathered", sizes.gathered, shared, gathers),
-            ("router scores, choices", S * (spec.num_moe_experts * 4 + spec.moe_router_topk * 24), "sigmoid, top-k", True),
+            (
+                "router scores, choices",
+                S * (spec.num_moe_experts * 4 + spec.moe_router_topk * 12 + 4),
+                "sigmoid, top-k",
+                True,
+            ),
             ("where rows go", N * 28, "permute, combine, probabilities", True),
             ("where rows go between ranks", N * 32, "dispatch", sizes.travels),
             ("rows at the experts", N * spec.hidden_size * d, fc1, sizes.learns(fc1) and sizes.travels),
@@ -211,7 +228,7 @@ def mtp_terms(sizes: Sizes) -> list[Term]:
 def head_terms(sizes: Sizes) -> list[Term]:
     """What the end of the model keeps, once for each prediction."""
     return [
-        Term("final norm's input", sizes.hidden, "norm"),
+        Term("final norm's input", sizes.norm_input, "norm"),
         Term("head's input" if sizes.is_full else "gradient of the head's input", sizes.gathered, "loss"),
     ]
 
