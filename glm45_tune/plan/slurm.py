@@ -30,9 +30,12 @@ status=0
 srun --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' rank "${command[@]}" || status=$?
 
-# 75: told to stop (the time limit is near), saved, and not done. The same job goes on in a new allocation.
-if [ "$status" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+# Told to stop, by a preemption or because the time limit is near: saved (75), or cut off before it could be (143). The job is not
+# done and goes on in a new allocation, unless a person cancelled it: then it no longer runs.
+if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then
+    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$status"
 """

@@ -99,10 +99,11 @@ def slurm(tmp_path_factory):
             daemon.wait(timeout=20)
 
 
-def _wait(holds, seconds: float, what: str) -> None:
+def _wait(holds, seconds: float, what: str, log: Path | None = None) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        end = log.read_text()[-3000:] if log and log.exists() else ""
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}\n{end}"
         time.sleep(0.3)
 
 
@@ -152,6 +153,7 @@ def test_a_preempted_job_is_requeued_and_ends_like_one_that_was_not(slurm, recip
     command = [sys.executable, "-m", "glm45_tune", "train", str(recipe), f"output_dir={alone}"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
+    controller = Path(slurm["SLURM_CONF"]).with_name("slurmctld.log")
     job = _run(slurm, "sbatch", "--parsable", "--partition=low", str(script), cwd=recipe.parent).strip()
 
     def state() -> str:
@@ -160,12 +162,12 @@ def test_a_preempted_job_is_requeued_and_ends_like_one_that_was_not(slurm, recip
     _wait(lambda: (run / "checkpoints" / "step_000004" / "complete.json").exists(), 120, "the first checkpoint")
     assert state() == "RUNNING"
     _run(slurm, "sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1", cwd=recipe.parent)
-    _wait(lambda: "PENDING" in state(), 60, f"the preemption; the job is {state()}")
+    _wait(lambda: "PENDING" in state(), 90, "the preemption", controller)
     assert len(_metrics(run)) < STEPS, "the job was done before it was preempted"
     # a requeued job waits two minutes by Slurm's own rule
     _wait(lambda: _run(slurm, "squeue", "-h", "-p", "high").strip() == "", 60, "the other job's end")
     _run(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
-    _wait(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"), 120, "the job's end")
+    _wait(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"), 120, "the job's end", controller)
 
     log = next(recipe.parent.glob("*.log")).read_text()
     assert state() == "COMPLETED", log
