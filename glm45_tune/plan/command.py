@@ -78,7 +78,7 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
             document["cards"] = {name: plan.fits for name, plan in plans.items()}
         print(json.dumps(document))
     elif not as_script:
-        console = Console()
+        console = _console()
         report.show(shown, question.origin, request.data_tokens, console)
         if plans:
             report.show_cards(plans, console)
@@ -88,6 +88,12 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
         print(slurm.script(shown, request.recipe_path, request.overrides, request.minutes), end="")
         if warning := slurm.warn_unsaved(question.recipe):
             print(warning, file=sys.stderr)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for the tables in a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _plan(question: Question, card: Card) -> Plan:
@@ -147,11 +153,11 @@ def search(question: Question, as_json: bool) -> None:
         keys = ("why", "settings")
         print(json.dumps([dict(zip(keys, extra)) | document for document, *extra in zip(documents, whys, settings)]))
     elif found:
-        console = Console()
+        console = _console()
         report.show_search(found, console)
         console.print(f"the first: {report.settings_text(found[0])}", highlight=False, soft_wrap=True)
         for line in report.time_lines(found[0], question.request.data_tokens):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
     if not found:
         raise PlanError(_none_fits(question, hardware))
 

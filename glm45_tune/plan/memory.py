@@ -16,6 +16,8 @@ GIB = 2**30
 OUTSIDE_GIB = 1.6
 # an assumption: share of what comes and goes (activations, working memory) that the allocator cannot use again
 FRAGMENTATION = 0.06
+# weights that an Adam with small or offloaded state updates at once (mcore/adam.py)
+PIECE = 2**26
 
 
 def margin_bytes(coming_and_going: float) -> float:
@@ -42,7 +44,7 @@ class StageMemory:
     logits: float
     wire: float
     optimizer_working: float
-    in_flight: int
+    in_flight: float
     recompute: tuple[bool, ...] = field(repr=False)
 
     @property
@@ -83,7 +85,9 @@ class Model:
         self.spec, self.layout, self.recipe = spec, layout, recipe
         self.sizes = Sizes(spec, layout, recipe)
         self.with_mtp = recipe.model.mtp_loss_scaling_factor > 0 and spec.mtp_num_layers > 0
-        self.stages = layout.stage_layers(spec, self.with_mtp)
+        self.segments = layout.stage_layers(spec, self.with_mtp)
+        pp = layout.pipeline_model_parallel_size
+        self.stages = [sum(self.segments[stage::pp]) for stage in range(pp)]
         self._weights = {moe: layer_weights(spec, layout, recipe.lora, moe) for moe in (False, True)}
         halves = {
             moe: (total(acts.attention_terms(self.sizes)), total(acts.mlp_terms(self.sizes, moe))) for moe in (False, True)
@@ -98,10 +102,16 @@ class Model:
         share = self.recipe.train.micro_batch_size * self.layout.data_parallel_size
         return max(1, self.recipe.train.global_batch_size // share)
 
+    @property
+    def interleaved(self) -> int:
+        """Runs of layers a stage holds: 1, or its virtual stages."""
+        return len(self.segments) // len(self.stages)
+
     def layers(self, stage: int) -> list[bool]:
         """For each layer of a stage whether it has experts."""
-        first = sum(self.stages[:stage])
-        return [self.spec.is_moe(layer) for layer in range(first, first + self.stages[stage])]
+        firsts = [sum(self.segments[:segment]) for segment in range(len(self.segments))]
+        mine = range(stage, len(self.segments), len(self.stages))
+        return [self.spec.is_moe(firsts[s] + n) for s in mine for n in range(self.segments[s])]
 
     def weights(self, stage: int) -> Weights:
         kinds = self.layers(stage)
@@ -110,9 +120,13 @@ class Model:
             counted += self._weights[True] * self.spec.mtp_num_layers
         return counted + ends_weights(self.spec, self.layout, stage == 0, stage == len(self.stages) - 1, self.with_mtp)
 
-    def in_flight(self, stage: int) -> int:
-        """Micro batches whose activations a stage holds at once under 1F1B."""
-        return min(self.num_microbatches, len(self.stages) - stage)
+    def in_flight(self, stage: int) -> float:
+        """Micro batches whose activations a stage holds at once under 1F1B; parts of one where stages are interleaved."""
+        behind = len(self.stages) - stage - 1
+        if self.interleaved == 1:
+            return min(self.num_microbatches, behind + 1)
+        runs = 2 * behind + (self.interleaved - 1) * len(self.stages) + 1
+        return min(self.num_microbatches, runs / self.interleaved)
 
     def groups(self, stage: int, recompute: "Recompute") -> list[tuple[int, int, int]]:
         """Runs of layers that backward treats as one: (bytes kept, bytes rebuilt when their turn comes, worst working)."""
@@ -130,13 +144,15 @@ class Model:
         return found
 
     def by_recipe(self, stage: int) -> "Recompute":
-        """What the recipe has computed again (megatron's meaning of full, uniform and block)."""
+        """What the recipe has computed again (megatron's meaning of full, uniform and block, which counts in every segment)."""
         train, count = self.recipe.train, self.stages[stage]
         if train.recompute_granularity != "full":
             return Recompute((False,) * count)
         if train.recompute_method == "uniform":
             return Recompute((True,) * count, train.recompute_num_layers)
-        return Recompute.first(min(train.recompute_num_layers, count), count)
+        again = train.recompute_num_layers
+        sizes = self.segments[stage :: len(self.stages)]
+        return Recompute(tuple(n < again for size in sizes for n in range(size)))
 
     def memory(self, stage: int, recompute: Recompute) -> StageMemory:
         counted, d = self.weights(stage), self.sizes.d
@@ -189,15 +205,24 @@ class Model:
     def _optimizer(self, counted: Weights) -> tuple[float, float, float]:
         """(gradient buffers, optimizer state, what Adam's step holds for a moment), bytes of one rank.
 
-        Gradients are fp32; master weights (of bf16) and two moments are fp32 and shared out over the data-parallel ranks.
+        Master weights (of bf16 ones) and two moments are shared out over the ranks that hold the same weights.
         """
-        layout = self.layout
+        layout, options = self.layout, self.recipe.optimizer
         dense, expert = counted.lora_dense, counted.lora_expert
         if self.recipe.lora is None:
             dense, expert = counted.dense, counted.expert
-        shard = dense / layout.data_parallel_size + expert / (layout.world_size / layout.expert_ranks)
-        state = 12 if self.sizes.d == DTYPE_BYTES["bf16"] else 8
-        return 4.0 * (dense + expert), state * shard, 4.0 * shard
+        copies = layout.world_size / (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+        shard = dense / copies + expert / (layout.world_size / layout.expert_ranks)
+        master = 4 if self.sizes.d == DTYPE_BYTES["bf16"] else 0
+        moments = [DTYPE_BYTES[getattr(options, name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+        away = getattr(options, "optimizer_offload_fraction", 0.0)
+        gradient = DTYPE_BYTES[getattr(options, "main_grads_dtype", "fp32")]
+        working = 4.0 * shard  # torch's Adam takes the root of all second moments at once
+        if away or min(moments) < 4:  # in pieces, offloaded masters all on the card
+            working = min(shard, PIECE) * 5 * 4 + away * master * shard
+        if gradient < 4:
+            working += 4 * shard
+        return gradient * (dense + expert), (master + sum(moments)) * shard * (1 - away), working
 
     def all_stages(self) -> list[StageMemory]:
         """Every stage as the recipe says."""

@@ -61,12 +61,18 @@ def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
             f"train.global_batch_size {batch} is no multiple of micro_batch_size {recipe.train.micro_batch_size} × "
             f"{layout.data_parallel_size} data-parallel ranks = {rows}; use {' or '.join(map(str, near))}."
         )
-    pieces = layout.tensor_model_parallel_size
+    multiple = getattr(layout, "microbatch_multiple", 1)
+    if batch // rows % multiple:
+        raise RecipeError(
+            f"train.global_batch_size {batch} makes {batch // rows} micro batches a step; interleaved stages want a multiple of "
+            f"{multiple}: use {-(-batch // (rows * multiple)) * rows * multiple}."
+        )
+    pieces = layout.tensor_model_parallel_size * getattr(layout, "context_parallel_size", 1)
     length = recipe.data.seq_length
     if length % pieces:
         near = [size for size in (length // pieces * pieces, -(-length // pieces) * pieces) if size]
         raise RecipeError(
-            f"data.seq_length {length} is no multiple of {pieces}, into which tensor ranks cut a row; "
+            f"data.seq_length {length} is no multiple of {pieces}, into which tensor and context ranks cut a row; "
             f"use {' or '.join(map(str, near))}."
         )
 
@@ -122,8 +128,9 @@ def _layouts(spec: ModelSpec, recipe: Recipe, hardware: Hardware):
     gpus = hardware.gpus
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     base = recipe.parallel.layout(gpus)
+    context = getattr(base, "context_parallel_size", 1)
     for tensor in (n for n in divisors if n <= hardware.gpus_per_node and spec.num_query_groups % n == 0):
-        for pipeline in (n for n in divisors if n <= spec.num_layers and gpus % (n * tensor) == 0):
+        for pipeline in (n for n in divisors if n <= spec.num_layers and gpus % (n * tensor * context) == 0):
             for expert in (n for n in divisors if spec.num_moe_experts % n == 0 and gpus % (n * pipeline) == 0):
                 yield replace(
                     base,

@@ -26,12 +26,13 @@ PARTS = {
 
 def layout_text(plan: Plan) -> str:
     layout = plan.layout
-    text = (
-        f"tensor {layout.tensor_model_parallel_size} × pipeline {layout.pipeline_model_parallel_size} × "
-        f"data {layout.data_parallel_size}, expert {layout.expert_model_parallel_size}"
-    )
+    context, runs = getattr(layout, "context_parallel_size", 1), getattr(layout, "virtual_pipeline_model_parallel_size", 1)
     etp = layout.expert_tensor_parallel_size
-    return text + (f" × expert tensor {etp}" if etp > 1 else "")
+    parts = [f"tensor {layout.tensor_model_parallel_size}", f"context {context}" if context > 1 else ""]
+    parts += [f"pipeline {layout.pipeline_model_parallel_size}" + (f" ({runs} runs each)" if runs > 1 else "")]
+    parts += [f"data {layout.data_parallel_size}"]
+    experts = f"expert {layout.expert_model_parallel_size}" + (f" × expert tensor {etp}" if etp > 1 else "")
+    return f"{' × '.join(filter(None, parts))}, {experts}"
 
 
 def recompute_text(plan: Plan) -> str:
@@ -104,9 +105,9 @@ def show(plan: Plan, origin: str, data_tokens: float | None, console: Console) -
     console.print(
         f"model      {spec.num_layers} layers, {spec.num_moe_experts} experts; sizes from {origin}", highlight=False
     )
-    console.print(f"training   {what}; rows of {recipe.data.seq_length} tokens", highlight=False)
-    console.print(f"layout     {layout_text(plan)}: {hardware.gpus} × {card.name}", highlight=False)
-    console.print(f"recompute  {recompute_text(plan)}", highlight=False)
+    console.print(f"training   {what}; rows of {recipe.data.seq_length} tokens", highlight=False, soft_wrap=True)
+    console.print(f"layout     {layout_text(plan)}: {hardware.gpus} × {card.name}", highlight=False, soft_wrap=True)
+    console.print(f"recompute  {recompute_text(plan)}", highlight=False, soft_wrap=True)
     table = Table("GiB a rank", *(f"stage {s.stage} ({s.num_layers} layers)" for s in columns(plan)))
     for name, title in PARTS.items():
         values = [getattr(stage, name) / GIB for stage in columns(plan)]
@@ -124,20 +125,23 @@ def show(plan: Plan, origin: str, data_tokens: float | None, console: Console) -
     console.print(
         f"memory     {verdict}: {plan.worst.needed / GIB:.1f} of {card.memory_gib:.1f} GiB on stage {plan.worst.stage}",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"binds      {what_binds(plan)}", highlight=False)
+    console.print(f"binds      {what_binds(plan)}", highlight=False, soft_wrap=True)
+    if getattr(recipe.train, "freeze", None):
+        console.print(
+            "note       train.freeze is counted as trained: what is needed is less", highlight=False, soft_wrap=True
+        )
     for line in time_lines(plan, data_tokens):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def time_lines(plan: Plan, data_tokens: float | None) -> list[str]:
     if plan.time is None:
         return ["time       not estimated on a CPU"]
     time = plan.time
-    lines = [
-        f"step       {time.tokens:,} tokens, about {time.total:.1f} s: {plan.tokens_per_second:,.0f} tokens/s, "
-        f"{plan.tokens_per_second / plan.hardware.gpus:,.0f} a card; pipeline idle {time.bubble_share:.0%}"
-    ]
+    each = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / plan.hardware.gpus:,.0f} a card"
+    lines = [f"step       {time.tokens:,} tokens, about {time.total:.1f} s: {each}; pipeline idle {time.bubble_share:.0%}"]
     if data_tokens:
         epoch = data_tokens / plan.tokens_per_second
         lines.append(f"epoch      of {data_tokens:,.0f} tokens: about {duration(epoch)}")

@@ -122,7 +122,7 @@ def step_seconds(
         worst = max(worst, seconds, key=np.sum)
     matrices, attended, other, wires = (worst * model.num_microbatches).tolist()
     tokens = model.recipe.train.global_batch_size * model.recipe.data.seq_length
-    idle = float(worst.sum()) * (len(stages) - 1)
+    idle = float(worst.sum()) * (len(stages) - 1) / model.interleaved
     optimizer = _optimizer_seconds(model, stages, card, gpus_per_node)
     return StepTime(matrices, attended, other, wires, idle, optimizer, tokens)
 
@@ -170,6 +170,6 @@ def _optimizer_seconds(model: Model, stages: list[StageMemory], card: Card, gpus
     dense, expert = (counted.lora_dense, counted.lora_expert) if lora else (counted.dense, counted.expert)
     ranks = layout.world_size // layout.pipeline_model_parallel_size
     size = 4.0 + model.sizes.d  # fp32 gradients one way, weights the other
-    dense_wire = _wire(dense * size, layout.data_parallel_size, ranks, card, gpus_per_node)
+    dense_wire = _wire(dense * size, ranks // layout.tensor_model_parallel_size, ranks, card, gpus_per_node)
     copies = layout.world_size // layout.expert_ranks
     return stream + dense_wire + _wire(expert * size, copies, ranks, card, gpus_per_node)
