@@ -17,7 +17,7 @@ done
 [ $# -gt 0 ] && shift
 
 script="$(basename "${recipe%.*}").sbatch"
-glm45-tune plan "${planned[@]}" --sbatch > "$script.partial"
-mv "$script.partial" "$script"
+text=$(glm45-tune plan "${planned[@]}" --sbatch)
+printf '%s\n' "$text" > "$script"
 echo "wrote $script" >&2
 sbatch "$@" "$script"

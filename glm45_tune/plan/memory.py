@@ -99,8 +99,11 @@ class Model:
 
     @property
     def num_microbatches(self) -> int:
-        share = self.recipe.train.micro_batch_size * self.layout.data_parallel_size
-        return max(1, self.recipe.train.global_batch_size // share)
+        """Of an optimizer step, on one data-parallel rank. In reinforcement learning each completion is taken to fill a row."""
+        rows, train = self.recipe.train.global_batch_size, self.recipe.train
+        if rl := getattr(self.recipe, "rl", None):
+            rows = rows * rl.group_size // rl.updates_per_rollout
+        return max(1, rows // (train.micro_batch_size * self.layout.data_parallel_size))
 
     @property
     def interleaved(self) -> int:

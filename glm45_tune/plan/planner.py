@@ -31,7 +31,7 @@ class Plan:
     hardware: Hardware
     stages: list[StageMemory]
     time: StepTime | None
-    """None where the card's speed is not known (cpu)."""
+    """None where it is not known: on a CPU, and in reinforcement learning, where an engine writes most of the time."""
 
     @property
     def worst(self) -> StageMemory:
@@ -55,14 +55,17 @@ def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
     layout.check(spec)
     rows = recipe.train.micro_batch_size * layout.data_parallel_size
     batch = recipe.train.global_batch_size
-    if batch % rows:
+    is_rl = (
+        getattr(recipe, "rl", None) is not None
+    )  # its batch is prompts, whose completions fill micro batches as they come
+    if batch % rows and not is_rl:
         near = sorted({max(1, batch // rows) * rows, -(-batch // rows) * rows})
         raise RecipeError(
             f"train.global_batch_size {batch} is no multiple of micro_batch_size {recipe.train.micro_batch_size} × "
             f"{layout.data_parallel_size} data-parallel ranks = {rows}; use {' or '.join(map(str, near))}."
         )
     multiple = getattr(layout, "microbatch_multiple", 1)
-    if batch // rows % multiple:
+    if batch // rows % multiple and not is_rl:
         raise RecipeError(
             f"train.global_batch_size {batch} makes {batch // rows} micro batches a step; interleaved stages want a multiple of "
             f"{multiple}: use {-(-batch // (rows * multiple)) * rows * multiple}."
@@ -89,7 +92,8 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
 
 def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
     card = hardware.card
-    time = step_seconds(model, stages, card, hardware.document_tokens, hardware.gpus_per_node) if card.tflops else None
+    is_known = card.tflops and getattr(model.recipe, "rl", None) is None  # an engine's rollouts are not counted
+    time = step_seconds(model, stages, card, hardware.document_tokens, hardware.gpus_per_node) if is_known else None
     return Plan(model.spec, model.recipe, model.layout, hardware, stages, time)
 
 

@@ -138,7 +138,9 @@ def show(plan: Plan, origin: str, data_tokens: float | None, console: Console) -
 
 def time_lines(plan: Plan, data_tokens: float | None) -> list[str]:
     if plan.time is None:
-        return ["time       not estimated on a CPU"]
+        is_rl = getattr(plan.recipe, "rl", None) is not None
+        why = "the engine's rollouts are not counted, nor its memory where it shares cards" if is_rl else "on a CPU"
+        return [f"time       not estimated: {why}"]
     time = plan.time
     each = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / plan.hardware.gpus:,.0f} a card"
     lines = [f"step       {time.tokens:,} tokens, about {time.total:.1f} s: {each}; pipeline idle {time.bubble_share:.0%}"]

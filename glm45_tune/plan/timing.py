@@ -112,9 +112,14 @@ def step_seconds(
     for moe, again in product((False, True), (False, True)):
         wires = wire[again][0] + moe * wire[again][1]
         cost[moe, again] = np.append(_layer_seconds(layers[moe], card, again), wires)
+    # preference tuning runs the reference forward besides: the base, its adapter off
+    preference = getattr(model.recipe, "preference", None)
+    looks_back = bool(preference and preference.reference == "adapter_off")
+    reference = {moe: looks_back * (cost[moe, True] - cost[moe, False]) for moe in (False, True)}
     worst = np.zeros(4)
     for stage in stages:
-        seconds = sum(cost[kind] for kind in zip(model.layers(stage.stage), stage.recompute))
+        kinds = model.layers(stage.stage)
+        seconds = sum(cost[kind] for kind in zip(kinds, stage.recompute)) + sum(reference[moe] for moe in kinds)
         if stage.stage == len(model.stages) - 1:
             predictions = 1 + (model.spec.mtp_num_layers if model.with_mtp else 0)
             seconds = seconds + (predictions - 1) * cost[True, False]
