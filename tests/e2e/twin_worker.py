@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 
 from glm45_tune.data.batch import collate, total_weights
 from glm45_tune.mcore import runtime
@@ -54,6 +55,7 @@ def train_step(job: Job, trainer: Trainer, number: int) -> float:
 
 def main(cases: Path, output: Path) -> None:
     for case in json.loads(cases.read_text()):
+        set_moe_metrics_tracker(MoEMetricsTracker())  # megatron's is sized by the first model of a process
         job = prepare(Recipe.from_dict(case["recipe"]))
         runtime.start(job.layout, job.recipe.train.seed)
         trainer = Trainer(job.recipe, job.layout, job.source)
