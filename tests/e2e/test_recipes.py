@@ -13,7 +13,6 @@ from glm45_tune.spec import load_spec
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "twin_worker.py"
 BIG = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("tiny"))
-WORLD_SIZE = 4
 
 
 def twin(path: Path, checkpoints, corpus, texts, output) -> dict:
@@ -31,18 +30,24 @@ def twin(path: Path, checkpoints, corpus, texts, output) -> dict:
     return recipe
 
 
+def smallest(recipe: dict) -> int:
+    return Recipe.from_dict(recipe).parallel.layout().world_size
+
+
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory, checkpoints, corpus, ranks) -> tuple[Path, dict[str, dict]]:
-    """All twins trained by one start of four ranks."""
+    """All twins trained, each on as few ranks as its layout takes; those that take as many by one start."""
     output = tmp_path_factory.mktemp("twins")
     texts = output / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"text": f"第{n}条河流。The river is long. " * (1 + n % 4)}) + "\n" for n in range(24))
     )
     recipes = {path.stem: twin(path, checkpoints, corpus, texts, output) for path in BIG}
-    cases = output / "cases.json"
-    cases.write_text(json.dumps([{"name": name, "recipe": recipe} for name, recipe in recipes.items()]))
-    ranks(WORLD_SIZE, WORKER, [str(cases), str(output)])
+    for world_size in sorted({smallest(recipe) for recipe in recipes.values()}):
+        cases = output / f"cases{world_size}.json"
+        chosen = [{"name": name, "recipe": recipe} for name, recipe in recipes.items() if smallest(recipe) == world_size]
+        cases.write_text(json.dumps(chosen))
+        ranks(world_size, WORKER, [str(cases), str(output)])
     return output, recipes
 
 
@@ -51,9 +56,10 @@ def test_the_tiny_twin_of_a_recipe_trains_and_holds_what_is_planned(twins, name)
     """Weights, adapters, gradients: to the byte, on every rank. Optimizer state, which ranks share unevenly: together."""
     output, recipes = twins
     recipe = Recipe.from_dict(recipes[name])
-    model = Model(load_spec(recipe.model.path), recipe.parallel.layout(WORLD_SIZE), recipe)
+    layout = recipe.parallel.layout()
+    model = Model(load_spec(recipe.model.path), layout, recipe)
     planned = model.all_stages()
-    found = [json.loads((output / f"{name}.{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
+    found = [json.loads((output / f"{name}.{rank}.json").read_text()) for rank in range(layout.world_size)]
     assert len({tuple(rank["losses"]) for rank in found}) == 1
     for rank in found:
         stage = planned[rank["stage"]]
