@@ -26,7 +26,7 @@ def twin(path: Path, checkpoints, corpus, texts, output) -> dict:
     recipe["data"] |= {"train": str(texts if is_text else corpus), "seq_length": 160, "eval_ratio": 0.0}
     train = recipe["train"]
     train |= {"global_batch_size": 4, "recompute_num_layers": min(train.get("recompute_num_layers", 1), 2)}
-    recipe["output_dir"] = str(output / f"{path.stem}_run")
+    recipe["output_dir"] = str(output / "run")
     return recipe
 
 
@@ -35,26 +35,34 @@ def smallest(recipe: dict) -> int:
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory, checkpoints, corpus, ranks) -> tuple[Path, dict[str, dict]]:
-    """All twins trained, each on as few ranks as its layout takes; those that take as many by one start."""
+def twins(tmp_path_factory, checkpoints, corpus, ranks) -> tuple[Path, dict[str, str], dict[str, dict]]:
+    """All twins trained, each on as few ranks as its layout takes; those that take as many by one start.
+
+    Gives (where they left what they held, recipe → its twin, twin → recipe); recipes whose twins are equal share one.
+    """
     output = tmp_path_factory.mktemp("twins")
     texts = output / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"text": f"第{n}条河流。The river is long. " * (1 + n % 4)}) + "\n" for n in range(24))
     )
-    recipes = {path.stem: twin(path, checkpoints, corpus, texts, output) for path in BIG}
+    names, recipes = {}, {}
+    for path in BIG:
+        recipe = twin(path, checkpoints, corpus, texts, output)
+        names[path.stem] = next((name for name, other in recipes.items() if other == recipe), path.stem)
+        recipes[names[path.stem]] = recipe
     for world_size in sorted({smallest(recipe) for recipe in recipes.values()}):
         cases = output / f"cases{world_size}.json"
         chosen = [{"name": name, "recipe": recipe} for name, recipe in recipes.items() if smallest(recipe) == world_size]
         cases.write_text(json.dumps(chosen))
         ranks(world_size, WORKER, [str(cases), str(output)])
-    return output, recipes
+    return output, names, recipes
 
 
 @pytest.mark.parametrize("name", [path.stem for path in BIG])
 def test_the_tiny_twin_of_a_recipe_trains_and_holds_what_is_planned(twins, name):
     """Weights, adapters, gradients: to the byte, on every rank. Optimizer state, which ranks share unevenly: together."""
-    output, recipes = twins
+    output, names, recipes = twins
+    name = names[name]
     recipe = Recipe.from_dict(recipes[name])
     layout = recipe.parallel.layout()
     model = Model(load_spec(recipe.model.path), layout, recipe)

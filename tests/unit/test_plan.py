@@ -239,3 +239,11 @@ def test_auto_recompute_is_planned_as_the_least(tmp_path):
     train = recipe.train.model_copy(update={"recompute_granularity": "auto"})
     found = plan(spec, recipe.model_copy(update={"train": train}), layout, Hardware(CARDS["h20"], 4, 8, 8192))
     assert list(found.stages[0].recompute) == least_recompute(spec, layout, recipe, CARDS["h20"].memory_gib * GIB, 0)
+
+
+def test_the_memory_benchmark_predicts_without_a_card():
+    """`--dry` gives a row for every setting; on a card the same rows get what was measured."""
+    command = [sys.executable, str(ROOT / "scripts" / "bench_memory.py"), "--dry"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line for line in ended.stdout.splitlines() if line.startswith("| ") and " - " in line]
+    assert len(rows) >= 12 and all(float(row.split("|")[2]) > 10 for row in rows)
