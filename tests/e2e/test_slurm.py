@@ -150,7 +150,7 @@ def test_the_script_is_sound(script):
 def test_a_preempted_job_is_requeued_and_ends_like_one_that_was_not(slurm, recipe, script, cli):
     """The job is preempted behind its first checkpoint, starts again by itself, and its losses are those of one rank left alone
 
-    (fp32 sums in another order: 1e-5, grown over the steps)."""
+    (fp32 sums in another order: 1e-5; a step lost or done twice is 1e-2)."""
     run, alone = recipe.parent / "run", recipe.parent / "alone"
     code, _, err = cli("train", recipe, "parallel.expert_model_parallel_size=1", f"output_dir={alone}")
     assert code == 0, err
@@ -177,4 +177,4 @@ def test_a_preempted_job_is_requeued_and_ends_like_one_that_was_not(slurm, recip
     assert "resumed after step" in (Path(f"{run}_logs") / "rank_0.log").read_text()
     found, wanted = _metrics(run), _metrics(alone)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert [row["train/loss"] for row in found] == pytest.approx([row["train/loss"] for row in wanted], rel=1e-3)
+    assert [row["train/loss"] for row in found] == pytest.approx([row["train/loss"] for row in wanted], rel=1e-5)
