@@ -33,6 +33,8 @@ class Sizes:
     spec: ModelSpec
     layout: Layout
     recipe: Recipe
+    is_whole: bool = False
+    """Count a layer as it is when nothing inside it is left to be computed again."""
 
     @property
     def d(self) -> int:
@@ -99,9 +101,14 @@ class Sizes:
         return self.is_full or self.pairs(matrix) > 0
 
     def again(self, module: str) -> bool:
-        """Whether selective recompute leaves this module's insides out."""
+        """Whether this part of a layer is computed again in backward: of selective, and of block in the layers it leaves."""
         train = self.recipe.train
-        return train.recompute_granularity == "selective" and module in train.recompute_modules
+        if self.is_whole or train.recompute_granularity not in ("selective", "full"):
+            return False
+        if train.recompute_granularity == "full" and train.recompute_method == "uniform":
+            return False
+        default = ["core_attn"] if train.recompute_granularity == "selective" else []
+        return module in (train.recompute_modules or default)
 
 
 def _terms(*rows: tuple[str, int, str, bool]) -> list[Term]:
@@ -131,11 +138,13 @@ def attention_terms(sizes: Sizes) -> list[Term]:
     query, kv, heads = spec.query_size // sizes.tp, spec.kv_size // sizes.tp, spec.num_attention_heads // sizes.tp
     qkv, proj = "self_attention.linear_qkv", "self_attention.linear_proj"
     seen = T * sizes.cp  # context ranks gather the keys and values of a row
+    if sizes.again("attention"):
+        return [Term("layer input", sizes.hidden, "the attention half's recompute")]
     core = sizes.again("core_attn")
     return [
         *_terms(
             ("layer input", sizes.norm_input, "norm", True),
-            ("normed", _input_of(sizes, qkv), "linear_qkv", sizes.learns(qkv) and not sizes.again("layernorm")),
+            ("normed", _input_of(sizes, qkv), "linear_qkv", sizes.learns(qkv)),
             ("linear_qkv's output", T * (query + 2 * kv) * d, "k norm; value is a view of it", spec.qk_layernorm),
             ("query before its norm", T * query * d, "q norm", spec.qk_layernorm),
             (
@@ -173,8 +182,7 @@ def dense_terms(sizes: Sizes) -> list[Term]:
     kept = [Term("MLP input", sizes.norm_input, "norm")]
     if sizes.again("mlp"):
         return [*kept, Term("normed", sizes.hidden, "the MLP's recompute")]
-    keeps = sizes.learns(fc1) and not sizes.again("layernorm")
-    kept += _terms(("normed", _input_of(sizes, fc1), "linear_fc1", keeps))
+    kept += _terms(("normed", _input_of(sizes, fc1), "linear_fc1", sizes.learns(fc1)))
     return kept + _swiglu_terms(sizes, "mlp", sizes.spec.ffn_hidden_size // sizes.tp)
 
 
@@ -187,7 +195,7 @@ def moe_terms(sizes: Sizes) -> list[Term]:
     shared, fc1, fc2 = "mlp.shared_experts.linear_fc1", "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
     by_index = sizes.learns(fc1) and not sizes.travels  # sorted rows are taken again from the tokens
     gathers = sizes.pairs(shared) > 0 and sizes.tp > 1
-    normed = (sizes.is_full or by_index or (sizes.pairs(shared) and not gathers)) and not sizes.again("layernorm")
+    normed = sizes.is_full or by_index or (sizes.pairs(shared) and not gathers)
     return [
         *kept,
         *_terms(

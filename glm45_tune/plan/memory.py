@@ -1,6 +1,6 @@
 """Memory of every rank, stage by stage: what is always there, what backward holds at its worst moment, what still fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from glm45_tune.errors import LayoutError
@@ -89,13 +89,19 @@ class Model:
         pp = layout.pipeline_model_parallel_size
         self.stages = [sum(self.segments[stage::pp]) for stage in range(pp)]
         self._weights = {moe: layer_weights(spec, layout, recipe.lora, moe) for moe in (False, True)}
-        halves = {
-            moe: (total(acts.attention_terms(self.sizes)), total(acts.mlp_terms(self.sizes, moe))) for moe in (False, True)
-        }
-        self._kept = {moe: sum(parts) for moe, parts in halves.items()}
-        self._half = {moe: max(parts) for moe, parts in halves.items()}
+        kept, whole = self._halves(self.sizes), self._halves(replace(self.sizes, is_whole=True))
+        self._kept = {moe: sum(parts) for moe, parts in kept.items()}
+        self._whole = {moe: sum(parts) for moe, parts in whole.items()}
+        self._half = {moe: max(parts) for moe, parts in whole.items()}
+        # what backward rebuilds inside a layer that is not recomputed whole: one half at a time
+        self._inside = {moe: max(w - k for w, k in zip(whole[moe], kept[moe])) for moe in (False, True)}
         self._working = {moe: total(acts.layer_working(self.sizes, moe)) for moe in (False, True)}
         self._input = self.sizes.hidden
+
+    @staticmethod
+    def _halves(sizes: Sizes) -> dict[bool, tuple[int, int]]:
+        """With experts or not → bytes that attention and MLP keep."""
+        return {moe: (total(acts.attention_terms(sizes)), total(acts.mlp_terms(sizes, moe))) for moe in (False, True)}
 
     @property
     def num_microbatches(self) -> int:
@@ -137,11 +143,11 @@ class Model:
         size = recompute.run or 1
         for first in range(0, len(kinds), size):
             run = kinds[first : first + size]
-            kept, working = sum(self._kept[moe] for moe in run), max(self._working[moe] for moe in run)
+            working = max(self._working[moe] for moe in run)
             if not recompute.layers[first]:
-                found.append((kept, 0, working))
+                found.append((self._kept[run[0]], self._inside[run[0]], working))
             elif recompute.run:
-                found.append((self._input, kept, working))
+                found.append((self._input, sum(self._whole[moe] for moe in run), working))
             else:
                 found.append((2 * self._input, self._half[run[0]], working))
         return found
