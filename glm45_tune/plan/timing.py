@@ -59,16 +59,19 @@ class _Layer:
 
     def __init__(self, model: Model, is_moe: bool, document_tokens: float):
         sizes, spec = model.sizes, model.spec
-        self.forward = self.backward = 0.0
+        self.forward = self.backward = self.again = 0.0
         lora = model.recipe.lora
         for matrix in (*attention(spec, model.layout), *mlp(spec, model.layout, is_moe)):
             rows = sizes.expert_rows if matrix.is_expert else sizes.tokens
             work = 2.0 * rows * matrix.inputs * matrix.outputs
             narrow = 2.0 * rows * (lora.r if lora else 0) * (matrix.inputs + matrix.outputs) * sizes.pairs(matrix.name)
             self.forward += work + narrow
+            half = "attention" if matrix.name.startswith("self_attention") else "moe" if is_moe else "mlp"
+            self.again += (work + narrow) * sizes.again(half)
             self.backward += work * (2 if lora is None else 1) + 2 * narrow
         # causal: half of every document's square, QK^T and PV
         self.attention = 2.0 * sizes.tokens * document_tokens * spec.query_size / sizes.tp
+        self.attention_again = self.attention * (sizes.again("core_attn") or sizes.again("attention"))
         self.traffic = sizes.cut_tokens * spec.hidden_size * sizes.d
 
 
@@ -97,7 +100,12 @@ def _layer_seconds(layer: _Layer, card: Card, again: bool) -> np.ndarray:
     both, forward = _remainders()
     slower = CARDS[rates.MEASURED_CARD].bandwidth_gb_s / card.bandwidth_gb_s
     seconds = np.array([*_known(layer, card, True, True), both * layer.traffic * slower])
-    if again:
+    if not again:  # what selective recompute does inside the layer
+        scale = card.tflops / CARDS[rates.MEASURED_CARD].tflops * 1e12
+        matrices = layer.again / (rates.MATRIX_TFLOPS * scale)
+        rest = forward * layer.traffic * slower * layer.again / layer.forward
+        seconds += [matrices, layer.attention_again / (rates.ATTENTION_FORWARD_TFLOPS * scale), rest]
+    else:
         seconds += [*_known(layer, card, True, False), forward * layer.traffic * slower]
     return seconds
 
