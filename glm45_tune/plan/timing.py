@@ -82,8 +82,7 @@ def _remainders() -> tuple[float, float]:
     layer = _Layer(Model(spec, Layout(), Recipe.from_dict(_REFERENCE)), True, rates.DOCUMENT_TOKENS)
     card = CARDS[rates.MEASURED_CARD]
     both = rates.LAYER_MS / 1e3 - sum(_known(layer, card, True, True))
-    forward = (rates.LAYER_RECOMPUTED_MS - rates.LAYER_MS) / 1e3 - sum(_known(layer, card, True, False))
-    return both / layer.traffic, max(forward, 0.0) / layer.traffic
+    return both / layer.traffic, rates.FORWARD_SHARE * both / layer.traffic
 
 
 def _known(layer: _Layer, card: Card, forward: bool, backward: bool) -> tuple[float, float]:
