@@ -46,7 +46,7 @@ class Sizes:
 
     @property
     def cp(self) -> int:
-        return getattr(self.layout, "context_parallel_size", 1)
+        return self.layout.context_parallel_size
 
     @property
     def tokens(self) -> int:

@@ -223,9 +223,9 @@ class Model:
         copies = layout.world_size / (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
         shard = dense / copies + expert / (layout.world_size / layout.expert_ranks)
         master = 4 if self.sizes.d == DTYPE_BYTES["bf16"] else 0
-        moments = [DTYPE_BYTES[getattr(options, name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
-        away = getattr(options, "optimizer_offload_fraction", 0.0)
-        gradient = DTYPE_BYTES[getattr(options, "main_grads_dtype", "fp32")]
+        moments = [DTYPE_BYTES[getattr(options, name)] for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+        away = options.optimizer_offload_fraction
+        gradient = DTYPE_BYTES[options.main_grads_dtype]
         working = 4.0 * shard  # torch's Adam takes the root of all second moments at once
         if away or min(moments) < 4:  # in pieces, offloaded masters all on the card
             working = min(shard, PIECE) * 5 * 4 + away * master * shard

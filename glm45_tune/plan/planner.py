@@ -64,13 +64,13 @@ def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
             f"train.global_batch_size {batch} is no multiple of micro_batch_size {recipe.train.micro_batch_size} × "
             f"{layout.data_parallel_size} data-parallel ranks = {rows}; use {' or '.join(map(str, near))}."
         )
-    multiple = getattr(layout, "microbatch_multiple", 1)
+    multiple = layout.microbatch_multiple
     if batch // rows % multiple and not is_rl:
         raise RecipeError(
             f"train.global_batch_size {batch} makes {batch // rows} micro batches a step; interleaved stages want a multiple of "
             f"{multiple}: use {-(-batch // (rows * multiple)) * rows * multiple}."
         )
-    pieces = layout.tensor_model_parallel_size * getattr(layout, "context_parallel_size", 1)
+    pieces = layout.tensor_model_parallel_size * layout.context_parallel_size
     length = recipe.data.seq_length
     if length % pieces:
         near = [size for size in (length // pieces * pieces, -(-length // pieces) * pieces) if size]
@@ -132,7 +132,7 @@ def _layouts(spec: ModelSpec, recipe: Recipe, hardware: Hardware):
     gpus = hardware.gpus
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     base = recipe.parallel.layout(gpus)
-    context = getattr(base, "context_parallel_size", 1)
+    context = base.context_parallel_size
     for tensor in (n for n in divisors if n <= hardware.gpus_per_node and spec.num_query_groups % n == 0):
         for pipeline in (n for n in divisors if n <= spec.num_layers and gpus % (n * tensor * context) == 0):
             for expert in (n for n in divisors if spec.num_moe_experts % n == 0 and gpus % (n * pipeline) == 0):

@@ -26,7 +26,7 @@ PARTS = {
 
 def layout_text(plan: Plan) -> str:
     layout = plan.layout
-    context, runs = getattr(layout, "context_parallel_size", 1), getattr(layout, "virtual_pipeline_model_parallel_size", 1)
+    context, runs = layout.context_parallel_size, layout.virtual_pipeline_model_parallel_size
     etp = layout.expert_tensor_parallel_size
     parts = [f"tensor {layout.tensor_model_parallel_size}", f"context {context}" if context > 1 else ""]
     parts += [f"pipeline {layout.pipeline_model_parallel_size}" + (f" ({runs} runs each)" if runs > 1 else "")]
@@ -38,7 +38,7 @@ def layout_text(plan: Plan) -> str:
 def recompute_text(plan: Plan) -> str:
     train, again, all_layers = plan.recipe.train, plan.recomputed, plan.spec.num_layers
     if train.recompute_granularity == "selective":
-        return f"selective: {', '.join(train.recompute_modules)}"
+        return f"selective: {', '.join(train.recompute_modules or ['core_attn'])}"
     return "none" if not again else f"{'all' if again == all_layers else f'{again} of the'} {all_layers} layers"
 
 
@@ -128,7 +128,7 @@ def show(plan: Plan, origin: str, data_tokens: float | None, console: Console) -
         soft_wrap=True,
     )
     console.print(f"binds      {what_binds(plan)}", highlight=False, soft_wrap=True)
-    if getattr(recipe.train, "freeze", None):
+    if recipe.train.freeze:
         console.print(
             "note       train.freeze is counted as trained: what is needed is less", highlight=False, soft_wrap=True
         )
