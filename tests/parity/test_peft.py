@@ -57,7 +57,7 @@ def _trained_run(directory, data, run, make_recipe, layout, lora_section, train=
                 shard.data.copy_(torch.randn(shard.data.shape, generator=generator) * 0.1)
     open_run_directory(job)
     checkpoint.save(trainer, checkpoint.step_directory(run, 1), job.source.config, {"step": 1})
-    return trainer.module.eval()
+    return trainer.module[0].eval()
 
 
 def test_lora_starts_as_the_base_bit_for_bit(checkpoints, one_rank):
