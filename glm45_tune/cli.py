@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from glm45_tune.errors import UserError, VerificationError
+from glm45_tune.progress import bar
 
 app = typer.Typer(
     help="Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs.",
@@ -34,24 +35,6 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _progress(what: str, total: int):
-    """A bar over bytes on a terminal, nothing elsewhere. Use as a context manager; yields a function that takes bytes done."""
-    import contextlib
-
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    @contextlib.contextmanager
-    def bar():
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda size: progress.advance(task, size)
-
-    return bar()
 
 
 @app.command()
@@ -86,7 +69,7 @@ def convert(
     from glm45_tune.conversion import stream
 
     total = stream.total_bytes(stream.open_model(model))
-    with _progress("convert", total * (2 if verify else 1)) as tick:
+    with bar("convert", total * (2 if verify else 1)) as tick:
         source = stream.convert(model, output, "mcore" if to_mcore else "hf", dialect.value, adapter, verify, tick)
     checked = "every byte verified" if verify else "not verified"
     _say(f"wrote {output}: {len(source.names)} tensors, {_size(output)}, {checked}")
@@ -118,7 +101,7 @@ def verify(
                 print(f"{place:10s} {difference:.2e} of the range")
         equal, text = report.equal, f"transformers against megatron, fp32, tolerance {report.document()['tolerance']:.0e}"
     else:
-        with _progress("verify", stream.total_bytes(first)) as tick:
+        with bar("verify", stream.total_bytes(first)) as tick:
             report = compare(first, second, tick)
         equal, text = not report.differences, report.summary()
     print(json.dumps(report.document()) if as_json else text)
@@ -232,7 +215,7 @@ def export(
     """Write a run's result as a Hugging Face model (adapter merged) or as a PEFT adapter."""
     from glm45_tune.hub.export import export as write
 
-    with _progress("export", 0) as tick:
+    with bar("export", 0) as tick:
         write(run, output, adapter_only, step, tick)
     _say(f"wrote {output}: {_size(output)}")
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,32 +86,25 @@ def recipe_dict(checkpoint, train, output, /, **sections) -> dict:
 
 
 def run_ranks(world_size: int, script: Path, arguments: list[str], timeout: float = 600) -> None:
-    """Run a Python script once a rank; fails with the end of the output of every rank that failed."""
+    """Call a script's `main(*arguments)` once a rank, in processes of their own; fails with the output of the first that failed."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    deadline = time.monotonic() + timeout
+    starter = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "fork_ranks.py"), str(world_size), str(script), *arguments],
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
-        outputs = [rank.communicate(timeout=max(1, deadline - time.monotonic()))[0] for rank in ranks]
-        failed = [f"rank {n}: {output[-2500:]}" for n, (rank, output) in enumerate(zip(ranks, outputs)) if rank.returncode]
-        assert not failed, "\n".join(failed)
+        output = starter.communicate(timeout=timeout)[0]
+        assert starter.returncode == 0, output
+        print(output)
     finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
+        starter.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -39,18 +39,36 @@ def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
 
 
-def read_rows(path: Path, behind: int = 0) -> Iterator[tuple[int, dict | DataError]]:
+class _Watched(io.FileIO):
+    """A file that tells how many of its bytes were read."""
+
+    def __init__(self, path: Path, read: Callable[[int], object]):
+        super().__init__(path)
+        self._tell_read = read
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self._tell_read(count)
+        return count
+
+    def readall(self) -> bytes:
+        content = super().readall()
+        self._tell_read(len(content))
+        return content
+
+
+def read_rows(path: Path, behind: int = 0, read: Callable[[int], object] = int) -> Iterator[tuple[int, dict | DataError]]:
     """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
 
-    .csv has a header; of .txt the whole file is one text. behind: begin after this line.
+    .csv has a header; of .txt the whole file is one text. behind: begin after this line. read: is told of bytes as they are read.
     """
     if behind and _kind(path) != ".jsonl":
-        yield from ((line, row) for line, row in read_rows(path) if line > behind)
+        yield from ((line, row) for line, row in read_rows(path, 0, read) if line > behind)
         return
     kind, line = _kind(path), 0
     reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt, ".parquet": _parquet}[kind]
     try:
-        with _open(path) as file:
+        with _open(path, read) as file:
             for line, row in reader(file, behind) if kind == ".jsonl" else reader(file):
                 yield line, row
     except (
@@ -65,14 +83,13 @@ def read_rows(path: Path, behind: int = 0) -> Iterator[tuple[int, dict | DataErr
         yield line + 1, DataError(f"the file cannot be read on: {error}")
 
 
-def _open(path: Path):
+def _open(path: Path, read: Callable[[int], object]):
     """The file, unpacked; of .csv, .json and .txt its text."""
+    file = io.BufferedReader(_Watched(path, read), 1 << 17)
     if path.suffix == ".gz":
-        file = gzip.open(path, "rb")
+        file = gzip.open(file, "rb")
     elif path.suffix == ".zst":
-        file = io.BufferedReader(zstandard.open(path, "rb"))
-    else:
-        file = open(path, "rb")
+        file = io.BufferedReader(zstandard.open(file, "rb"))
     if _kind(path) in (".jsonl", ".parquet"):
         return file
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if _kind(path) == ".csv" else None)

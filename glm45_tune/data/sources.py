@@ -7,7 +7,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +21,7 @@ from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
 from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
 from glm45_tune.errors import DataError
+from glm45_tune.progress import bar
 from glm45_tune.recipe import DataConfig, SourceConfig, Sources, sources_of
 
 
@@ -70,24 +71,27 @@ class Corpus:
             )
 
 
-def read_source(source: str, seed: int = 0) -> Iterator[Row]:
-    """(where, line, row) of a source: a file, a folder, hf:…, ms:… or module:function; SOURCE#N takes N rows by the seed."""
+def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int) -> Iterator[Row]:
+    """(where, line, row) of a source: a file, a folder, hf:…, ms:… or module:function; SOURCE#N takes N rows by the seed.
+
+    read: is told of a file's bytes as they are read.
+    """
     name = _name_of(source)
     if name == source:
-        return _rows_of(source)
+        return _rows_of(source, read)
     count = source.rpartition("#")[2]
-    everything = list(_rows_of(name))
+    everything = list(_rows_of(name, read))
     if int(count) > len(everything):
         raise DataError(f"{source}: asks for {count} rows of {len(everything)}.")
     chosen = sorted(random.Random(seed).sample(range(len(everything)), int(count)))
     return iter([everything[index] for index in chosen])
 
 
-def _rows_of(source: str) -> Iterator[Row]:
+def _rows_of(source: str, read: Callable[[int], object]) -> Iterator[Row]:
     rows = generated(source)
     if rows is not None:
         return numbered(source, rows)
-    return ((str(file), line, row) for file in files_of(source) for line, row in read_rows(file))
+    return ((str(file), line, row) for file in files_of(source) for line, row in read_rows(file, read=read))
 
 
 def generated(source: str, streaming: bool = False) -> Iterable | None:
@@ -156,13 +160,22 @@ def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus
     if key:
         with locked(key):
             if stored(key) is None:
-                store(key, read_source(source.path, seed), renderer, sum(file.stat().st_size for file in files))
+                num_bytes = sum(file.stat().st_size for file in files)
+                with bar(f"rendering {name}", num_bytes) as read:
+                    store(key, read_source(source.path, seed, read), renderer, num_bytes)
             samples, facts = stored(key)
     else:
-        samples, facts = render_once(read_source(source.path, seed), renderer)
+        with bar(f"rendering {name}, rows", None) as done:
+            samples, facts = render_once(_counted(read_source(source.path, seed), done), renderer)
     if source.weight != 1:
         samples = Chosen(samples, _weighted(len(samples), source.weight, seed, renderer.per_row))
     return Corpus.of(samples, facts)
+
+
+def _counted(rows: Iterable[Row], done: Callable[[int], object]) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        done(1)
 
 
 class Chain(Sequence):

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 
 from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.errors import DataError
@@ -116,25 +115,16 @@ def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_byte
     path.parent.mkdir(parents=True, exist_ok=True)
     chunks = iter(lambda source=iter(rows): list(islice(source, CHUNK)), [])
     workers = 0 if num_bytes < WORTH_WORKERS or os.cpu_count() == 1 else os.cpu_count()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer, _progress() as tick:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for made in rendered(chunks, renderer, workers):
             writer.write_batch(made.batch)
             faults += made.faults
             counts += made.counts
             keys.append(made.keys)
             num_rows += made.num_rows
-            tick(num_rows)
     every = np.concatenate(keys) if keys else np.empty(0)
     counts["duplicates"] = len(every) - len(np.unique(every))
     return faults, +counts, num_rows
-
-
-@contextlib.contextmanager
-def _progress():
-    """A line with the rows done, on a terminal; yields a function that takes their number."""
-    console = Console(stderr=True)
-    with console.status("rendering data") as status:
-        yield lambda count: status.update(f"rendering data: {count:,} rows")
 
 
 @dataclass

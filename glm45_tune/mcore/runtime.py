@@ -40,7 +40,7 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False) -> None
             timeout=datetime.timedelta(minutes=30),
             device_id=device() if torch.cuda.is_available() else None,
         )
-    parallel_state.destroy_model_parallel()
+    _close_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -54,6 +54,14 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False) -> None
     if torch.cuda.is_available():
         _open_groups()
     seed_all(seed)
+
+
+def _close_groups() -> None:
+    """Leave the groups of a layout before. megatron only forgets them, and each keeps threads (gloo) or device memory (NCCL)."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _open_groups() -> None:

@@ -5,11 +5,11 @@ gradient buffers and optimizer state, the pipeline stage it is, and the losses o
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer  # noqa: F401  imported where a tokenizer is loaded; paid for once before the ranks fork
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 
@@ -53,18 +53,14 @@ def train_step(job: Job, trainer: Trainer, number: int) -> float:
     return trainer.train(batches, len(microbatches), denominators, 1e-4).losses[0]
 
 
-def main(cases: Path, output: Path) -> None:
-    for case in json.loads(cases.read_text()):
+def main(cases: str, output: str) -> None:
+    for case in json.loads(Path(cases).read_text()):
         set_moe_metrics_tracker(MoEMetricsTracker())  # megatron's is sized by the first model of a process
         job = prepare(Recipe.from_dict(case["recipe"]))
         runtime.start(job.layout, job.recipe.train.seed)
         trainer = Trainer(job.recipe, job.layout, job.source)
         losses = [train_step(job, trainer, step) for step in range(STEPS)]
         facts = {**held(trainer), "stage": parallel_state.get_pipeline_model_parallel_rank(), "losses": losses}
-        (output / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(facts))
+        (Path(output) / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(facts))
         assert all(torch.isfinite(torch.tensor(losses))), losses
     runtime.stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -29,15 +29,15 @@ def every(world_size: int, spec: ModelSpec) -> list[dict[str, int]]:
     return found
 
 
-def covering(world_size: int, spec: ModelSpec) -> list[dict[str, int]]:
-    """Few layouts in which every two sizes that occur together in one of `every` occur together in one of these (greedy)."""
-    candidates = every(world_size, spec)
-    wanted = set().union(*(_pairs(layout) for layout in candidates))
+def covering(world_size: int, spec: ModelSpec, kinds: tuple[str, ...]) -> list[tuple[str, dict[str, int]]]:
+    """Few kinds of training under layouts in which every two sizes, and every size and kind, that can occur together do (greedy)."""
+    candidates = list(product(kinds, every(world_size, spec)))
+    wanted = set().union(*(pairs(*candidate) for candidate in candidates))
     chosen = []
     while wanted:
-        best = max(candidates, key=lambda layout: (len(_pairs(layout) & wanted), sum(layout.values())))
+        best = max(candidates, key=lambda candidate: (len(pairs(*candidate) & wanted), sum(candidate[1].values())))
         chosen.append(best)
-        wanted -= _pairs(best)
+        wanted -= pairs(*best)
     return chosen
 
 
@@ -47,5 +47,5 @@ def name(sizes: dict[str, int]) -> str:
     return "-".join(f"{key}{size}" for key, size in zip(short, sizes.values()))
 
 
-def _pairs(layout: dict[str, int]) -> set:
-    return set(combinations(layout.items(), 2))
+def pairs(kind: str, sizes: dict[str, int]) -> set:
+    return set(combinations([("kind", kind), *sizes.items()], 2))

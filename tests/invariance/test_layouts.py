@@ -6,6 +6,7 @@ without it a part that covers every pair of sizes.
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 
 import layouts
@@ -53,30 +54,42 @@ MORE_KINDS = {
 CONVERGING = {"full": (15, 5e-3, 0.1), "lora": (30, 1e-2, 0.2)}
 SPEC = ModelSpec.from_config(config("355b", True, 512, [0]), "tiny")
 ALL = "GLM45_TUNE_ALL_LAYOUTS" in os.environ
-MATRIX = (layouts.every if ALL else layouts.covering)(8, SPEC)
+MATRIX = [*product(KINDS, layouts.every(8, SPEC))] if ALL else layouts.covering(8, SPEC, tuple(KINDS))
 
 
 def _sizes(*chosen: int) -> dict[str, int]:
     return dict(zip(layouts.SIZES, chosen))
 
 
+# on four ranks
 MORE = [
-    *(("lora-hf-names", _sizes(*sizes)) for sizes in ((2, 1, 2, 1, 2, 1), (1, 2, 1, 1, 4, 2))),
+    *(("lora-hf-names", _sizes(*sizes)) for sizes in ((2, 1, 2, 1, 2, 1), (1, 2, 1, 1, 2, 2))),
     *(("air", _sizes(*sizes)) for sizes in ((2, 2, 1, 1, 4, 1), (1, 1, 2, 1, 2, 1))),
-    *(("frozen", _sizes(*sizes)) for sizes in ((1, 1, 4, 1, 2, 1), (1, 2, 2, 2, 2, 1), (2, 1, 1, 1, 8, 1))),
-    *(("recompute", _sizes(*sizes)) for sizes in ((2, 2, 2, 1, 2, 1), (1, 2, 2, 2, 1, 2))),
+    *(("frozen", _sizes(*sizes)) for sizes in ((1, 1, 4, 1, 1, 1), (1, 2, 2, 2, 2, 1), (2, 1, 1, 1, 4, 1))),
+    *(("recompute", _sizes(*sizes)) for sizes in ((2, 1, 2, 1, 2, 1), (1, 2, 2, 2, 1, 2))),
     ("lean", _sizes(2, 1, 2, 1, 2, 1)),
 ]
 BROKEN = {
     "norms are not summed over tensor ranks": _sizes(2, 1, 1, 1, 1, 1),
     "experts are reduced over no rank": _sizes(1, 1, 1, 1, 2, 1),
     "keys forget what other context ranks saw of them": _sizes(1, 4, 1, 1, 1, 1),
-    "padding counts as tokens": _sizes(2, 4, 1, 1, 1, 1),
+    "padding counts as tokens": _sizes(2, 2, 1, 1, 1, 1),
 }
 TRAINED = [(kind, sizes) for kind in CONVERGING for sizes in (_sizes(1, 1, 2, 1, 2, 1), _sizes(2, 1, 1, 1, 2, 1))]
 RESUMED = [("lean-bf16", _sizes(2, 1, 2, 1, 2, 1)), ("full", _sizes(1, 2, 2, 2, 2, 1))]
 ROOT = Path(__file__).parents[2]
-EVERY = [(kind, sizes) for sizes in MATRIX for kind in KINDS] + MORE
+EVERY = [(kind, sizes, 8) for kind, sizes in MATRIX] + [(kind, sizes, 4) for kind, sizes in MORE]
+
+
+def _rows(sizes: dict[str, int], world_size: int) -> int:
+    """Rows of the step: enough that every data rank has as many micro batches as there are stages."""
+    tp, cp, pp, *_ = sizes.values()
+    return max(4, world_size // (tp * cp * pp) * pp)
+
+
+def _one(kind: str, rows: int) -> str:
+    """The case of one rank with that many rows."""
+    return f"{kind}-one-{rows}"
 
 
 def _case(name, kind, sizes, world_size, checkpoints, corpus, make_recipe, output, **more):
@@ -84,7 +97,7 @@ def _case(name, kind, sizes, world_size, checkpoints, corpus, make_recipe, outpu
     sections = {
         "optimizer": {"lr": 1.0, "min_lr": 1.0, "adam_eps": 1.0},
         "data": {"eval_ratio": 0.2},
-        "train": {"steps": 1, "global_batch_size": 8},
+        "train": {"steps": 1, "global_batch_size": more.pop("rows", None) or _rows(sizes, world_size)},
     }
     for section, values in {**KINDS, **MORE_KINDS}[kind].items():
         sections[section] = sections.get(section, {}) | values
@@ -96,6 +109,7 @@ def _case(name, kind, sizes, world_size, checkpoints, corpus, make_recipe, outpu
 def _training(name, kind, sizes, world_size, checkpoints, corpus, make_recipe, output):
     """A run on 16 of the quickstart's questions."""
     steps, lr, _ = CONVERGING[kind]
+    tp, cp, pp, *_ = sizes.values()
     lora = {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}} if kind == "lora" else {}
     recipe = make_recipe(
         checkpoints["air"],
@@ -104,7 +118,7 @@ def _training(name, kind, sizes, world_size, checkpoints, corpus, make_recipe, o
         model={"mtp_loss_scaling_factor": 0.1},
         data={"seq_length": 96},
         optimizer={"lr": lr},
-        train={"steps": steps, "global_batch_size": 8},
+        train={"steps": steps, "global_batch_size": 8, "micro_batch_size": 8 // (world_size // (tp * cp * pp)) // pp},
         parallel=sizes | {"world_size": world_size},
         **lora,
     )
@@ -119,14 +133,19 @@ def results(checkpoints, corpus, make_recipe, ranks, tmp_path_factory):
     one = _sizes(1, 1, 1, 1, 1, 1)
     assert layouts.every(8, SPEC) == layouts.every(8, ModelSpec.from_config(read_config(checkpoints["355b"]), "355b"))
     cases = {
-        1: [_case(f"{kind}-one", kind, one, 1, *common) for kind in {**KINDS, **MORE_KINDS}]
+        1: [
+            _case(_one(kind, rows), kind, one, 1, *common, rows=rows)
+            for kind, rows in [*product({**KINDS, **MORE_KINDS}, (4,)), *product(KINDS, (8,))]
+        ]
         + [_training(f"trained-{kind}-one", kind, one, 1, *common) for kind in CONVERGING],
-        8: [_training(f"trained-{kind}-{layouts.name(sizes)}", kind, sizes, 8, *common) for kind, sizes in TRAINED]
-        + [_case(f"resumed-{kind}", kind, sizes, 8, *common, resume=True) for kind, sizes in RESUMED]
-        + [_case(f"deterministic-{run}", "deterministic", _sizes(2, 2, 2, 1, 2, 1), 8, *common) for run in range(2)]
-        + [_case(f"{kind}-{layouts.name(sizes)}", kind, sizes, 8, *common) for kind, sizes in EVERY]
-        + [_case(f"broken-{what}", "full", sizes, 8, *common, sabotage=what) for what, sizes in BROKEN.items()],
+        4: [_training(f"trained-{kind}-{layouts.name(sizes)}", kind, sizes, 4, *common) for kind, sizes in TRAINED]
+        + [_case(f"resumed-{kind}", kind, sizes, 4, *common, resume=True) for kind, sizes in RESUMED]
+        + [_case(f"deterministic-{run}", "deterministic", _sizes(2, 1, 2, 1, 2, 1), 4, *common) for run in range(2)]
+        + [_case(f"broken-{what}", "full", sizes, 4, *common, sabotage=what) for what, sizes in BROKEN.items()],
+        8: [],
     }
+    for kind, sizes, world_size in EVERY:
+        cases[world_size].append(_case(f"{kind}-{layouts.name(sizes)}", kind, sizes, world_size, *common))
     for world_size, chosen in cases.items():
         file = output / f"cases{world_size}.json"
         file.write_text(json.dumps(chosen))
@@ -151,20 +170,21 @@ def _difference(results: Path, name: str, reference: str) -> float:
     return worst
 
 
-@pytest.mark.parametrize("kind, sizes", EVERY, ids=[f"{kind}-{layouts.name(sizes)}" for kind, sizes in EVERY])
-def test_a_layout_gives_one_ranks_loss_gradients_and_weights(results, kind, sizes):
+@pytest.mark.parametrize("kind, sizes, world_size", EVERY, ids=[f"{kind}-{layouts.name(sizes)}" for kind, sizes, _ in EVERY])
+def test_a_layout_gives_one_ranks_loss_gradients_and_weights(results, kind, sizes, world_size):
     tolerance = 2**-8 if kind == "lean" else TOLERANCE  # a bf16 moment may round the other way
-    assert _difference(results, f"{kind}-{layouts.name(sizes)}", f"{kind}-one") <= tolerance
+    assert _difference(results, f"{kind}-{layouts.name(sizes)}", _one(kind, _rows(sizes, world_size))) <= tolerance
 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_layout_is_seen(results, broken):
-    assert _difference(results, f"broken-{broken}", "full-one") > 10 * TOLERANCE
+    assert _difference(results, f"broken-{broken}", _one("full", _rows(BROKEN[broken], 4))) > 10 * TOLERANCE
 
 
 def test_the_covering_part_has_every_pair_of_sizes():
-    pairs = [set().union(*map(layouts._pairs, choose(8, SPEC))) for choose in (layouts.every, layouts.covering)]
-    assert pairs[0] == pairs[1] and len(layouts.covering(8, SPEC)) < len(layouts.every(8, SPEC)) / 4
+    whole, part = [*product(KINDS, layouts.every(8, SPEC))], layouts.covering(8, SPEC, tuple(KINDS))
+    pairs = [set().union(*(layouts.pairs(*case) for case in cases)) for cases in (whole, part)]
+    assert pairs[0] == pairs[1] and len(part) < len(whole) / 8
 
 
 def test_router_biases_move_by_the_rate_and_are_saved(results, checkpoints):
@@ -172,7 +192,7 @@ def test_router_biases_move_by_the_rate_and_are_saved(results, checkpoints):
     from glm45_tune.conversion.hf_files import HfDir
 
     source, checked = HfDir(checkpoints["355b"]), 0
-    for name, moves in (("full-one", True), ("frozen-one", False)):
+    for name, moves in (("full-one-4", True), ("frozen-one-4", False)):
         saved = TorchDistFiles(results / name)
         for layer in range(SPEC.num_dense_layers, SPEC.num_layers):
             before = source.read(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
@@ -187,7 +207,7 @@ def test_frozen_weights_stay_bit_for_bit_and_others_move(results, checkpoints):
     from glm45_tune.conversion.names import rows
     from glm45_tune.conversion.patterns import frozen
 
-    before, after = TorchDistFiles(results / "recompute-one"), TorchDistFiles(results / "frozen-one")
+    before, after = TorchDistFiles(results / "recompute-one-4"), TorchDistFiles(results / "frozen-one-4")
     names = frozen(SPEC, MORE_KINDS["frozen"]["train"]["freeze"], with_mtp=True)
     assert {
         "embedding.word_embeddings.weight",
@@ -216,7 +236,7 @@ def test_training_converges_as_on_one_rank(results, kind, sizes):
 
 
 def test_deterministic_runs_end_with_the_same_bits(results):
-    """Tensor 2 × context 2 × pipeline 2 × expert 2, LoRA with dropout; every saved tensor, and the losses as they are printed."""
+    """Tensor 2 × pipeline 2 × expert 2, LoRA with dropout; every saved tensor, and the losses as they are printed."""
     one, two = (TorchDistFiles(results / f"deterministic-{run}") for run in range(2))
     assert set(one.tensors) == set(two.tensors)
     assert all(one.read_key(key).equal(two.read_key(key)) for key in one.tensors)
@@ -229,7 +249,7 @@ def test_a_resumed_run_goes_on_exactly(results, kind):
     """With bf16 moments, bf16 gradients and everything offloaded; and over context ranks and interleaved stages."""
     values = json.loads((results / f"resumed-{kind}.json").read_text())
     assert values["resumed"] == values["straight"] and values["straight"][0] != values["straight"][1]
-    reference = json.loads((results / f"{kind}-one.json").read_text())
+    reference = json.loads((results / f"{_one(kind, 4)}.json").read_text())
     tolerance = 2e-2 if "bf16" in kind else TOLERANCE  # bf16 rounds at other places
     for key in ("train/loss", "train/grad_norm"):
         assert abs(values[key] / reference[key] - 1) <= tolerance
@@ -239,7 +259,7 @@ def test_bf16_weights_have_fp32_masters(results, checkpoints):
     """An update far below a bf16 step changes the master by lr · g / (|g| + eps), to fp32 rounding, and the weight not at all."""
     from glm45_tune.conversion.hf_files import HfDir
 
-    saved, source = TorchDistFiles(results / "bf16-one"), HfDir(checkpoints["355b"])
+    saved, source = TorchDistFiles(results / "bf16-one-4"), HfDir(checkpoints["355b"])
     for key, name in {
         "output_layer.weight": "lm_head.weight",
         "decoder.layers.2.self_attention.linear_proj.weight": "model.layers.1.self_attn.o_proj.weight",

@@ -5,13 +5,14 @@ mode, which turns cuda to cpu, and nothing else of the project.
 """
 
 import json
-import sys
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import megatron.core.models.gpt  # noqa: F401  what the functions below import from, paid for once before the ranks fork
+import megatron.core.models.hybrid.hybrid_block  # noqa: F401
 from glm45_tune.mcore import cpu
 
 
@@ -230,7 +231,3 @@ def main(directory: str, dialect: str, sizes: str, output: str) -> None:
             torch.save((tokens, results[0]), output)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

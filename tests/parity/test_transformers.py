@@ -145,7 +145,9 @@ def test_packed_equals_unpacked(checkpoints, corpus, one_rank, make_recipe, tmp_
     packed = _token_losses(model, samples).double().sum().item()
     assert abs(packed / alone - 1) <= 1e-6
     whole = attention.packed_attention
-    monkeypatch.setattr(attention, "packed_attention", lambda q, k, v, row: whole(q, k, v, attention.PackedRow([0, len(q)], q.device)))
+    monkeypatch.setattr(
+        attention, "packed_attention", lambda q, k, v, row: whole(q, k, v, attention.PackedRow([0, len(q)], q.device))
+    )
     leaking = _token_losses(model, samples).double().sum().item()  # the twin: attention across documents
     assert abs(leaking / alone - 1) > 1e-4
 
