@@ -5,6 +5,10 @@ Our own bugs are `assert`s and stay tracebacks.
 """
 
 
+STOPPED = 75
+"""Exit code of a run that a signal told to stop and that saved: not done, the same command goes on (sysexits' EX_TEMPFAIL)."""
+
+
 class UserError(Exception):
     """The user's input is wrong. Raised before ranks start wherever it can be known."""
 

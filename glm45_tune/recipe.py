@@ -239,6 +239,12 @@ class TrainConfig(_Section):
     """Steps between evaluations; null: at the end only."""
     save_interval: Positive | None = None
     """Steps between checkpoints; null: at the end only."""
+    save_interval_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Minutes between checkpoints, beside save_interval or instead of it."""
+    save_total_limit: Positive | None = None
+    """How many of the last checkpoints are kept; null: all."""
+    save_best: bool = False
+    """Also save whenever the held-out loss is the lowest so far, and keep that checkpoint beside the last ones."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""

@@ -16,7 +16,7 @@ from glm45_tune.conversion.stream import open_model, to_hf
 from glm45_tune.conversion.tensors import ALL, HfReader
 from glm45_tune.errors import CheckpointError
 from glm45_tune.recipe import LoraConfig
-from glm45_tune.training.prepare import RUN_FILE, fingerprint
+from glm45_tune.training.run_directory import RUN_FILE, fingerprint
 
 
 class Trained:

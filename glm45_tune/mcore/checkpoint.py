@@ -6,6 +6,7 @@ A directory is complete only when `complete.json` is in it, written last.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from glm45_tune.conversion.mcore_files import COMMON, Chunks, TorchDistFiles, write_torch_dist
 from glm45_tune.mcore.load import sharded_tensors
@@ -34,31 +36,102 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(path.parent for path in run.glob(f"checkpoints/step_*/{COMPLETE}"))
 
 
+class Snapshot:
+    """Host copies of what this rank saves, taken between two steps and written while training goes on.
+
+    The next one taken uses the same memory.
+    """
+
+    def __init__(self):
+        self._memory: dict[tuple, torch.Tensor] = {}
+        self._chunks: Chunks = {}
+        self._objects: dict[str, object] = {}
+
+    @torch.no_grad()
+    def take(self, trainer: Trainer) -> None:
+        """Copy weights and optimizer. Called by all ranks together, while no write of this snapshot goes on."""
+        state = _state(trainer, is_loading=False)
+        apply_factories(state)
+        sharded, common = extract_sharded_base(state)
+        self._chunks = {}
+        for tensor in nested_values(sharded):
+            assert isinstance(tensor, ShardedTensor), f"{tensor.key} is no tensor"
+            if is_main_replica(tensor.replica_id):
+                _, _, parts = self._chunks.setdefault(tensor.key, (tensor.global_shape, tensor.dtype, []))
+                copied = self._copy((tensor.key, tensor.global_offset), tensor.data)
+                parts.append((tensor.global_offset, copied.shape, lambda copied=copied: copied))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        commons: list = [None] * dist.get_world_size()
+        dist.all_gather_object(commons, common["optimizer"])  # a stage without experts has no optimizer of theirs
+        merged = {number: value for ranks in commons for number, value in ranks.items()}
+        self._objects = {COMMON: {"optimizer": merged}} if dist.get_rank() == 0 else {}
+
+    def _copy(self, name: tuple, data: torch.Tensor) -> torch.Tensor:
+        if name not in self._memory or self._memory[name].shape != data.shape:
+            self._memory[name] = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+        return self._memory[name].copy_(data, non_blocking=True)
+
+    def write(self, directory: Path, config: dict, facts: dict, group: dist.ProcessGroup) -> None:
+        """Write a checkpoint; complete.json comes last. config: the model's config.json; facts: kept in complete.json.
+
+        Called by all ranks of `group`, which no other thread uses meanwhile. Raises SaveError on all of them when it fails on
+        one, and leaves nothing behind then.
+        """
+        first = group.rank() == 0
+        try:
+            _together(group, lambda: first and _make_anew(directory))
+            write_torch_dist(directory, self._chunks, self._objects, group)
+            _together(group, lambda: first and _write_json(directory / "config.json", config))
+            _together(group, lambda: first and _write_json(directory / COMPLETE, facts))
+        except (SaveError, CheckpointException) as error:
+            if first:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise SaveError(_cause(error)) from error
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; says why."""
+
+
+def _together(group: dist.ProcessGroup, work: Callable[[], object]) -> None:
+    """Do something on every rank of the group. Raises SaveError on all of them when it failed on one."""
+    fault = None
+    try:
+        work()
+    except OSError as error:
+        fault = str(error)
+    faults: list = [None] * group.size()
+    dist.all_gather_object(faults, fault, group=group)
+    for fault in filter(None, faults):
+        raise SaveError(fault)
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's own words."""
+    if isinstance(error, CheckpointException):
+        return str(next(iter(error.failures.values()))[0])
+    return str(error)
+
+
+def _make_anew(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Under its name only when it is whole."""
+    staged = path.with_name(path.name + ".partial")
+    staged.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
 def save(trainer: Trainer, directory: Path, config: dict, facts: dict) -> None:
-    """Write a checkpoint. config: the model's config.json; facts: kept in complete.json. Called by all ranks together."""
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    dist.barrier()
-    state = _state(trainer, is_loading=False)
-    apply_factories(state)
-    sharded, common = extract_sharded_base(state)
-    chunks: Chunks = {}
-    for tensor in nested_values(sharded):
-        assert isinstance(tensor, ShardedTensor), f"{tensor.key} is no tensor"
-        if is_main_replica(tensor.replica_id):
-            _, _, parts = chunks.setdefault(tensor.key, (tensor.global_shape, tensor.dtype, []))
-            data = tensor.data.view(tensor.data.shape)
-            parts.append((tensor.global_offset, data.shape, lambda data=data: data.cpu()))
-    commons: list = [None] * dist.get_world_size()
-    dist.all_gather_object(commons, common["optimizer"])  # a stage without experts has no optimizer of theirs
-    merged = {number: value for ranks in commons for number, value in ranks.items()}
-    write_torch_dist(directory, chunks, {COMMON: {"optimizer": merged}} if first else {}, dist.group.WORLD)
-    if first:
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (directory / COMPLETE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    dist.barrier()
+    """Take a snapshot and write it. Called by all ranks together."""
+    snapshot = Snapshot()
+    snapshot.take(trainer)
+    snapshot.write(directory, config, facts, dist.group.WORLD)
 
 
 @torch.no_grad()

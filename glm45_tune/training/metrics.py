@@ -95,8 +95,9 @@ class LiveLine:
             self._bar.start()
             self._task = self._bar.add_task("train", total=num_steps, completed=first_step, text="")
 
-    def show(self, step: int, loss: float, tokens_per_second: float, memory_gib: float) -> None:
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {memory_gib:.1f} GiB"
+    def show(self, step: int, values: dict[str, float]) -> None:
+        text = f"loss {values['train/loss']:.4f}  {values['perf/tokens_per_second']:,.0f} tokens/s  "
+        text += f"{values['perf/peak_memory_gib']:.1f} GiB"
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
             return

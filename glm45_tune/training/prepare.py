@@ -1,7 +1,5 @@
 """Everything about a run that can be known, or found wrong, before a rank is started."""
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,11 @@ from glm45_tune.data.chat import Sample, load_tokenizer
 from glm45_tune.data.packing import BatchPlan, Rows, pack
 from glm45_tune.data.sources import Corpus, load_data
 from glm45_tune.data.stream import Stream, load_stream
-from glm45_tune.errors import RecipeError, UserError
+from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
+from glm45_tune.training import run_directory
 from glm45_tune.training.metrics import check_trackers
-
-RECIPE_FILE = "recipe.yaml"
-RUN_FILE = "glm45_tune.json"
 
 
 @dataclass
@@ -87,7 +83,7 @@ def prepare(recipe: Recipe) -> Job:
             f"{share * layout.microbatch_multiple}."
         )
     frozen(source.spec, train.freeze, with_mtp=recipe.model.mtp_loss_scaling_factor > 0)
-    check_run_directory(recipe, source)
+    run_directory.check(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
     stream = None
     if recipe.data.streaming:
@@ -116,56 +112,3 @@ def _rows(corpus: Corpus, recipe: Recipe) -> Rows:
     if not recipe.data.packing:
         return Rows.single(len(corpus.samples))
     return pack(corpus.lengths, recipe.data.seq_length)
-
-
-def fingerprint(source: HfReader) -> str:
-    """Tells models apart by their sizes and their final norm and first query weights, in either format; not by the directory."""
-    digest = hashlib.sha256(repr(source.spec).encode())
-    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"):
-        digest.update(source.read(name, 0, 64).contiguous().view(-1).float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def check_run_directory(recipe: Recipe, source: HfReader) -> None:
-    """Raise UserError when output_dir holds something else than this run, or this run of another model."""
-    run = Path(recipe.output_dir)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        return
-    if not (run / RUN_FILE).is_file():
-        raise UserError(f"{run}: exists, is not empty and is no run of ours (no {RUN_FILE}). Choose another output_dir.")
-    facts = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    if facts.get("kind") != "run":
-        raise UserError(f"{run}: holds a {facts.get('kind')!r}, not a run. Choose another output_dir.")
-    if facts["fingerprint"] != fingerprint(source):
-        raise UserError(
-            f"{run}: is a run of another model ({facts['model']}); {recipe.model.path} cannot resume it. "
-            "Choose another output_dir."
-        )
-    for name, wanted in _shape_of_training(recipe).items():
-        if facts[name] != wanted:
-            raise UserError(
-                f"{run}: was trained with {name} {facts[name]}; the recipe now says {wanted}. Choose another output_dir."
-            )
-
-
-def _shape_of_training(recipe: Recipe) -> dict:
-    """What decides which weights a checkpoint holds: a run cannot change it in the middle."""
-    return {
-        "lora": recipe.lora.model_dump() if recipe.lora else None,
-        "mtp": recipe.model.mtp_loss_scaling_factor > 0,
-        "freeze": recipe.train.freeze,
-    }
-
-
-def open_run_directory(job: Job) -> None:
-    """Create the run directory and write what it is. Called by one rank."""
-    recipe = job.recipe
-    job.run.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "kind": "run",
-        "model": str(Path(recipe.model.path).resolve()),
-        "fingerprint": fingerprint(job.source),
-        **_shape_of_training(recipe),
-    }
-    (job.run / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (job.run / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

@@ -18,8 +18,8 @@ from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import Recipe
 from glm45_tune.training import prepare as preparing
-from glm45_tune.training.loop import _evaluate, _train_step
 from glm45_tune.training.prepare import prepare
+from glm45_tune.training.sft import Supervised
 
 
 def sabotage(trainer: Trainer, kind: str | None) -> None:
@@ -64,24 +64,24 @@ def run(case: dict, output: Path) -> None:
     job = prepare(Recipe.from_dict(case["recipe"]))
     runtime.start(job.layout, job.recipe.train.seed, job.recipe.train.deterministic)
     trainer = Trainer(job.recipe, job.layout, job.source)
+    method = Supervised(job, trainer)
     trainer.undo = lambda: None
     sabotage(trainer, case.get("sabotage"))
     if "steps" in case:
-        values = {"losses": [_train_step(job, trainer, step)["train/loss"] for step in range(case["steps"])]}
+        values = {"losses": [method.train_step(step)["train/loss"] for step in range(case["steps"])]}
     else:
-        values = _train_step(job, trainer, 0)
-        if job.eval_rows:
-            values["eval/loss"] = _evaluate(job, trainer)
+        values = method.train_step(0)
+        values |= method.evaluate()
         checkpoint.save(trainer, output / case["name"], job.source.config, {"step": 1})
     if case.get("resume"):
         again = Trainer(job.recipe, job.layout, job.source)
         checkpoint.restore(again, output / case["name"])
-        for key, each in (("straight", trainer), ("resumed", again)):
-            values[key] = [_train_step(job, each, step)["train/loss"] for step in (1, 2)]
+        for key, each in (("straight", method), ("resumed", Supervised(job, again))):
+            values[key] = [each.train_step(step)["train/loss"] for step in (1, 2)]
         forget(again)
     trainer.undo()
     forget(trainer)
-    del trainer
+    del trainer, method
     gc.collect()
     if dist.get_rank() == 0:
         (output / f"{case['name']}.json").write_text(json.dumps(values))

@@ -15,8 +15,9 @@ from glm45_tune.mcore.load import load_weights, sharded_tensors
 from glm45_tune.mcore.model import GLM45Model
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import LoraConfig, Recipe
-from glm45_tune.training.loop import _train_step
-from glm45_tune.training.prepare import open_run_directory, prepare
+from glm45_tune.training import run_directory
+from glm45_tune.training.prepare import prepare
+from glm45_tune.training.sft import Supervised
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -49,13 +50,13 @@ def _trained_run(directory, data, run, make_recipe, layout, lora_section, train=
     recipe = Recipe.from_dict(make_recipe(directory, data, run, lora=lora_section, train=train or {}))
     job = prepare(recipe)
     trainer = Trainer(recipe, layout, job.source)
-    _train_step(job, trainer, 0)
+    Supervised(job, trainer).train_step(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for shard in sharded_tensors(trainer.module):
             if shard.key.endswith("lora_B"):
                 shard.data.copy_(torch.randn(shard.data.shape, generator=generator) * 0.1)
-    open_run_directory(job)
+    run_directory.start(recipe, job.source)
     checkpoint.save(trainer, checkpoint.step_directory(run, 1), job.source.config, {"step": 1})
     return trainer.module[0].eval()
 

@@ -156,17 +156,13 @@ def test_what_streaming_cannot_do_is_said(changes, words):
         Recipe.from_dict(recipe)
 
 
-def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
+def test_a_run_goes_on_as_it_began(tmp_path):
     """A checkpoint with a cursor is no start for a run that does not stream, and the other way round."""
-    from glm45_tune.training import loop
+    from glm45_tune.training.sft import Supervised
 
-    (tmp_path / loop.checkpoint.COMPLETE).write_text(json.dumps({"step": 3, "cursor": {}}))
-    monkeypatch.setattr(loop.checkpoint, "complete_checkpoints", lambda run: [tmp_path])
-    with pytest.raises(UserError, match="data.streaming was changed"):
-        loop._resume(SimpleNamespace(run=tmp_path, stream=None), None)
-    (tmp_path / loop.checkpoint.COMPLETE).write_text(json.dumps({"step": 3}))
-    with pytest.raises(UserError, match="data.streaming was changed"):
-        loop._resume(SimpleNamespace(run=tmp_path, stream=object()), None)
+    for stream, state in ((None, {"cursor": {}}), (object(), {})):
+        with pytest.raises(UserError, match="data.streaming was changed"):
+            Supervised(SimpleNamespace(run=tmp_path, stream=stream), None).resume(state)
 
 
 def test_a_worker_ends_when_its_rank_is_killed(tokenizer, tmp_path):

@@ -1,0 +1,34 @@
+"""SIGTERM and SIGUSR1 (Slurm's warning before a preemption or a time limit): save after the step that runs, and end."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+
+class Interruption:
+    """Remembers signals while it is entered. Used by all ranks together, in the main thread."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self._told = False
+        self._group = dist.new_group(backend="gloo")
+
+    def __enter__(self) -> "Interruption":
+        self._before = [signal.signal(number, self._remember) for number in self._SIGNALS]
+        return self
+
+    def __exit__(self, *fault) -> None:
+        for number, handler in zip(self._SIGNALS, self._before):
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame) -> None:
+        self._told = True
+
+    def agree(self, is_time: bool) -> tuple[bool, bool]:
+        """(was any rank told to stop, is it time to save on the first rank), the same on every rank."""
+        flags = torch.tensor([self._told, is_time and dist.get_rank() == 0], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        must_stop, is_time = flags.bool().tolist()
+        return must_stop, is_time

@@ -1,0 +1,90 @@
+"""Supervised fine-tuning and continued pre-training: what happens in a step, and what is held out."""
+
+from collections.abc import Iterator
+
+from glm45_tune.data.batch import Batch, collate, total_weights
+from glm45_tune.data.chat import Sample
+from glm45_tune.data.packing import BatchPlan
+from glm45_tune.errors import UserError
+from glm45_tune.mcore import runtime
+from glm45_tune.mcore.step import StepResult, Trainer
+from glm45_tune.training.prepare import Job
+from glm45_tune.training.schedule import learning_rate_of
+
+
+class Supervised:
+    """The next token of what is trained. A `Method`, see loop.py."""
+
+    def __init__(self, job: Job, trainer: Trainer):
+        self._job, self._trainer = job, trainer
+
+    def train_step(self, step: int) -> dict[str, float]:
+        job, trainer = self._job, self._trainer
+        runtime.seed_all(job.recipe.train.seed + step)  # dropout depends on the step alone, so a resumed run draws the same
+        rows = job.rows_of_step(step)
+        members = [sample for row in rows for sample in row]
+        denominators = total_weights(members, trainer.num_predictions)
+        microbatches = job.plan.share(rows, trainer.data_parallel_rank)
+        lr = learning_rate_of(job.recipe, step, job.num_steps)
+        result = trainer.train(batches(job, trainer, microbatches), len(microbatches), denominators.tolist(), lr)
+        tokens = sum(len(sample.input_ids) for sample in members)
+        return {
+            **common_metrics(result, trainer),
+            "train/learning_rate": lr,
+            "train/tokens": tokens,
+            "train/trained_tokens": float(denominators[0]),
+            "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        job, trainer = self._job, self._trainer
+        if not job.eval_rows:
+            return {}
+        batch = job.recipe.train.micro_batch_size * job.layout.data_parallel_size * job.layout.microbatch_multiple
+        size = -(-len(job.eval_rows) // batch) * batch
+        plan = BatchPlan(len(job.eval_rows), size, job.recipe.train.micro_batch_size, job.layout.data_parallel_size, 0)
+        rows = [[job.held_out.samples[index] for index in job.eval_rows[row]] for row in plan.rows_of_step(0)]
+        microbatches = plan.share(rows, trainer.data_parallel_rank)
+        denominators = total_weights(job.held_out.samples, trainer.num_predictions).tolist()
+        result = trainer.evaluate(batches(job, trainer, microbatches), len(microbatches), denominators)
+        return {"eval/loss": result.losses[0]}
+
+    @property
+    def state(self) -> dict:
+        return {"cursor": self._job.stream.cursor} if self._job.stream else {}
+
+    def resume(self, state: dict) -> None:
+        stream = self._job.stream
+        if ("cursor" in state) != (stream is not None):
+            raise UserError(
+                f"{self._job.run}: data.streaming was changed; a run goes on as it began. Choose another output_dir."
+            )
+        if stream:
+            stream.seek(state["cursor"])
+
+    def close(self) -> None:
+        if self._job.stream:
+            self._job.stream.close()
+
+
+def batches(job: Job, trainer: Trainer, microbatches: list[list[list[Sample]]]) -> Iterator[Batch]:
+    """One Batch for each micro batch of rows, made when it is needed."""
+    for rows in microbatches:
+        members = [sample for row in rows for sample in row]
+        yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id)
+
+
+def common_metrics(result: StepResult, trainer: Trainer) -> dict[str, float]:
+    """What every kind of training says of a step."""
+    values = {
+        "train/loss": result.losses[0],
+        "train/grad_norm": result.grad_norm,
+        "moe/expert_load_max_over_mean": result.expert_load,
+    }
+    if len(result.losses) > 1:
+        values["train/mtp_loss"] = sum(result.losses[1:]) / len(result.losses[1:])
+    if trainer.has_aux_loss:
+        values["train/aux_loss"] = result.aux_loss
+    if trainer.has_z_loss:
+        values["train/z_loss"] = result.z_loss
+    return values
