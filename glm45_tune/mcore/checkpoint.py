@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from glm45_tune.conversion.mcore_files import COMMON, Chunks, TorchDistFiles, write_torch_dist
+from glm45_tune.conversion.torch_dist import COMMON, Chunks, TorchDistFiles, write_torch_dist
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.mcore.step import Trainer
 
