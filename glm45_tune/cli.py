@@ -30,6 +30,24 @@ class Dialect(str, Enum):
     gpt = "gpt"
 
 
+class Fp8(str, Enum):
+    channel = "channel"
+    block = "block"
+
+
+class Mtp(str, Enum):
+    on = "on"
+    off = "off"
+
+
+Fp8Option = Annotated[
+    Fp8 | None,
+    typer.Option(help="Write FP8 weights: a scale a channel (compressed-tensors), or a 128×128 block (DeepSeek's layout)."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes that share the work; as many as the size is worth by default.")
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Go on where a weight is NaN or Inf.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
 
 
@@ -43,11 +61,12 @@ def tiny(
     like: Annotated[Like, typer.Option(help="Which model's shape: Air's, or 355B's (qk-norm, 3 dense layers).")] = Like.air,
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With a multi-token-prediction layer.")] = True,
     seed: Annotated[int, typer.Option(help="Another seed, other weights.")] = 0,
+    fp8: Fp8Option = None,
 ) -> None:
     """Write a small random checkpoint in the exact layout of the hub's, to try everything on."""
     from glm45_tune.tiny import checkpoint
 
-    checkpoint.write(output, like.value, mtp, seed)
+    checkpoint.write(output, like.value, mtp, seed, fp8.value if fp8 else None)
     _say(f"wrote {output}: a random {like.value}-like model of {_size(output)}")
 
 
@@ -61,16 +80,34 @@ def convert(
     adapter: Annotated[
         Path | None, typer.Option(help="Of --to-hf: a PEFT adapter, or a run that made one, to merge in.")
     ] = None,
+    fp8: Fp8Option = None,
+    mtp: Annotated[Mtp, typer.Option(help="off: leave the MTP layer out and write num_nextn_predict_layers 0.")] = Mtp.on,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare every byte.")] = True,
+    workers: Workers = None,
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
-    """Convert a checkpoint, MTP layer and all, and prove it byte for byte."""
+    """Convert a checkpoint, MTP layer and all, and prove it byte for byte. The same command again goes on after a kill."""
     if to_mcore == to_hf:
         raise UserError("convert: give either --to-mcore or --to-hf.")
+    if to_mcore and fp8:
+        raise UserError("convert: --fp8 is of --to-hf; megatron's weights stay as they are read.")
     from glm45_tune.conversion import stream
 
     total = stream.total_bytes(stream.open_model(model))
     with bar("convert", total * (2 if verify else 1)) as tick:
-        source = stream.convert(model, output, "mcore" if to_mcore else "hf", dialect.value, adapter, verify, tick)
+        source = stream.convert(
+            model,
+            output,
+            "mcore" if to_mcore else "hf",
+            dialect.value,
+            adapter,
+            fp8.value if fp8 else None,
+            mtp is Mtp.on,
+            verify=verify,
+            workers=workers,
+            allow_nonfinite=allow_nonfinite,
+            tick=tick,
+        )
     checked = "every byte verified" if verify else "not verified"
     _say(f"wrote {output}: {len(source.names)} tensors, {_size(output)}, {checked}")
 
@@ -78,35 +115,51 @@ def convert(
 @app.command()
 def verify(
     a: Annotated[Path, typer.Argument(help="A checkpoint, either format.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
+    b: Annotated[
+        Path | None, typer.Argument(help="Another. Left out: A's files against the hashes it was written with.")
+    ] = None,
     forward: Annotated[
         bool, typer.Option("--forward", help="Compare what the models compute: A in transformers, B here.")
     ] = False,
+    workers: Workers = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Are two checkpoints the same model? Names, shapes, dtypes and bytes; exit 3 when they differ."""
+    """Are two checkpoints the same model (names, shapes, dtypes, bytes), or one still what was written? Exit 3 if not."""
     from glm45_tune.conversion import stream
     from glm45_tune.conversion.hf_files import HfDir
-    from glm45_tune.conversion.verify import compare
+    from glm45_tune.conversion.verify import check_files, compare
+    from glm45_tune.conversion.workers import default_workers
 
-    first, second = stream.open_model(a), stream.open_model(b)
-    if forward:
-        if not isinstance(first, HfDir):
-            raise UserError(f"verify --forward: {a} runs in transformers and must be a Hugging Face directory.")
-        from glm45_tune.mcore.forward import compare_forward
-
-        report = compare_forward(first, second)
-        if not as_json:
-            for place, difference in report.differences.items():
-                print(f"{place:10s} {difference:.2e} of the range")
-        equal, text = report.equal, f"transformers against megatron, fp32, tolerance {report.document()['tolerance']:.0e}"
+    if b is None:
+        if forward:
+            raise UserError("verify --forward: give two checkpoints.")
+        size = sum(path.stat().st_size for path in a.iterdir()) if a.is_dir() else 0
+        with bar("verify", size) as tick:
+            report = check_files(a, tick, workers or default_workers(size))
+        equal, text, failed = not report.differences, report.summary(), f"{a} is not as it was written."
     else:
-        with bar("verify", stream.total_bytes(first)) as tick:
-            report = compare(first, second, tick)
-        equal, text = not report.differences, report.summary()
+        first, second, failed = stream.open_model(a), stream.open_model(b), f"{a} and {b} differ."
+        if forward:
+            if not isinstance(first, HfDir):
+                raise UserError(f"verify --forward: {a} runs in transformers and must be a Hugging Face directory.")
+            from glm45_tune.mcore.forward import compare_forward
+
+            report = compare_forward(first, second)
+            if not as_json:
+                for place, difference in report.differences.items():
+                    print(f"{place:10s} {difference:.2e} of the range")
+            equal, text = (
+                report.equal,
+                f"transformers against megatron, fp32, tolerance {report.document()['tolerance']:.0e}",
+            )
+        else:
+            total = stream.total_bytes(first)
+            with bar("verify", total) as tick:
+                report = compare(first, second, tick, workers or default_workers(total))
+            equal, text = not report.differences, report.summary()
     print(json.dumps(report.document()) if as_json else text)
     if not equal:
-        raise VerificationError(f"{a} and {b} differ.")
+        raise VerificationError(failed)
 
 
 @app.command()
@@ -211,12 +264,16 @@ def export(
         bool, typer.Option("--adapter-only", help="The PEFT adapter instead of a merged model.")
     ] = False,
     step: Annotated[int | None, typer.Option(help="Which checkpoint; the last complete one by default.")] = None,
+    fp8: Fp8Option = None,
+    workers: Workers = None,
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
     """Write a run's result as a Hugging Face model (adapter merged) or as a PEFT adapter."""
     from glm45_tune.hub.export import export as write
 
     with bar("export", 0) as tick:
-        write(run, output, adapter_only, step, tick)
+        how = {"workers": workers, "allow_nonfinite": allow_nonfinite, "tick": tick}
+        write(run, output, adapter_only, step, fp8.value if fp8 else None, **how)
     _say(f"wrote {output}: {_size(output)}")
 
 

@@ -15,16 +15,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from glm45_tune.conversion.mcore_files import TorchDistFiles
 from glm45_tune.conversion.names import Row, is_mtp, rows
-from glm45_tune.conversion.outdir import whole
+from glm45_tune.conversion.outdir import file_hash, whole
 from glm45_tune.conversion.tensors import ALL, HfReader, split_row
+from glm45_tune.conversion.torch_dist import TorchDistFiles
 from glm45_tune.errors import CheckpointError
 from glm45_tune.recipe import LoraConfig
 from glm45_tune.spec import ModelSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_BLOCK_ROWS = 512
 _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
 
 
@@ -138,10 +139,16 @@ class Merged:
     """An HfReader: `base` with a PEFT adapter added to its weights, in fp32, rounded once to the base's dtype."""
 
     def __init__(self, base: HfReader, adapter: str | Path):
-        self.base, self.spec, self.path = base, base.spec, base.path
+        self.base, self.spec, self.path, self.config = base, base.spec, base.path, base.config
         self._directory = Path(adapter)
-        self._config = self._read_config()
+        self._lora = self._read_config()
         self._factors = self._read_factors()
+
+    def __reduce__(self):
+        return Merged, (self.base, self._directory)
+
+    def stamp(self) -> object:
+        return [self.base.stamp(), file_hash(self._directory / CONFIG), file_hash(self._directory / WEIGHTS)]
 
     def _read_config(self) -> dict:
         path = self._directory / CONFIG
@@ -187,7 +194,7 @@ class Merged:
         if nested:
             stack = _STACKS[0] if module.endswith(".base_layer") else _STACKS[1]
         else:
-            targets = self._config.get("target_parameters") or []
+            targets = self._lora.get("target_parameters") or []
             stack = _STACKS[0] if any(target.endswith(_STACKS[0]) for target in targets) else _STACKS[1]
         count = self.spec.num_moe_experts
         rank = lora_A.shape[0] // count
@@ -201,11 +208,11 @@ class Merged:
         }
 
     def _scaling(self, name: str, rank: int) -> float:
-        alpha = self._config["lora_alpha"]
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
+        alpha = self._lora["lora_alpha"]
+        for pattern, value in (self._lora.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", name):
                 alpha = value
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self._lora.get("use_rslora") else rank)
 
     @property
     def names(self) -> list[str]:
@@ -218,9 +225,17 @@ class Merged:
         return self.base.dtype(name)
 
     def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
-        tensor = self.base.read(name, first, last, columns)
         if name not in self._factors:
-            return tensor
+            return self.base.read(name, first, last, columns)
+        last = self.shape(name)[0] if last is None else last
+        found = [self._merged(name, block, columns) for block in range(first // _BLOCK_ROWS, -(-last // _BLOCK_ROWS))]
+        start = first % _BLOCK_ROWS
+        return torch.cat(found)[start : start + last - first]
+
+    def _merged(self, name: str, block: int, columns: slice) -> torch.Tensor:
+        """Always the same rows at once: a product of other rows may round otherwise, and what is verified must not."""
         lora_A, lora_B, scaling = self._factors[name]
-        lora_A = lora_A[:, columns]
-        return torch.addmm(tensor.float(), lora_B[first:last].float(), lora_A.float(), alpha=scaling).to(tensor.dtype)
+        first, last = block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, self.shape(name)[0])
+        tensor = self.base.read(name, first, last, columns)
+        product = lora_B[first:last].float(), lora_A[:, columns].float()
+        return torch.addmm(tensor.float(), *product, alpha=scaling).to(tensor.dtype)

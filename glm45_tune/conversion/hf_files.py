@@ -1,24 +1,24 @@
-"""Hugging Face checkpoint directories: sharded safetensors with an index, read by slices and written as a stream."""
+"""Hugging Face checkpoint directories: sharded safetensors with an index, read by slices, and planned."""
 
 import json
-import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from glm45_tune.conversion.names import hf_shapes, rows
-from glm45_tune.conversion.tensors import ALL, HfReader
+from glm45_tune.conversion import fp8
+from glm45_tune.conversion.blocks import InputFile, read_block
+from glm45_tune.conversion.check import check_tensors
+from glm45_tune.conversion.plan import PlannedFile, grouped, literal
+from glm45_tune.conversion.tensors import ALL, HfReader, nbytes
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 # what travels beside the weights, whichever format they are in
 SIDE_FILES = (
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,164 +29,188 @@ SIDE_FILES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a safetensors file."""
+
+    file: "SafetensorsFile"
+    code: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for one that is not known here."""
+        return _DTYPES.get(self.code)
+
+    def read(self, first: int, last: int | None, columns: slice) -> torch.Tensor:
+        if not self.shape:
+            return read_block(self.file, self.start, self.dtype, (), (), ())
+        low, high = [first], [self.shape[0] if last is None else min(last, self.shape[0])]
+        if len(self.shape) == 2:
+            left, right, _ = columns.indices(self.shape[1])
+            low.append(left)
+            high.append(right)
+        return read_block(self.file, self.start, self.dtype, self.shape, tuple(low), tuple(high))
+
+
+class SafetensorsFile(InputFile):
+    """A safetensors file; opening it checks its header against its size."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            length = int.from_bytes(self.read(0, 8), "little")
+            if length > self.size - 8:
+                raise ValueError(f"its header has {length} bytes, the file {self.size}")
+            header = json.loads(self.read(8, length))
+            header.pop("__metadata__", None)
+            self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
+        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
+
+    def _entry(self, name: str, entry: dict, data: int) -> Stored:
+        first, last = entry["data_offsets"]
+        shape, code = tuple(entry["shape"]), entry["dtype"]
+        if not 0 <= first <= last <= self.size - data:
+            raise ValueError(f"{name} ends at byte {data + last}, the file at {self.size}")
+        if code in _DTYPES and torch.Size(shape).numel() * _DTYPES[code].itemsize != last - first:
+            raise ValueError(f"{name} has {last - first} bytes, which is no {code} tensor of shape {list(shape)}")
+        return Stored(self, code, shape, data + first)
+
+
 class HfDir:
-    """A checkpoint directory as Hugging Face lays it out. Opening it checks config, index and shards against each other."""
+    """A checkpoint directory as Hugging Face lays it out. Opening it checks config, index and shards against each other.
+
+    FP8 weights are read as what they stand for, in bf16; `as_stored` shows them and their scales as they are.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config = read_config(self.path)
-        self.spec = ModelSpec.from_config(self.config, f"{self.path}/config.json")
-        self._files: dict[str, object] = {}
-        self._shard_of = self._weight_map()
+        config = read_config(self.path)
+        self.spec = ModelSpec.from_config(config, f"{self.path}/config.json")
+        self.stored = self._open_shards()
+        self.scales = fp8.find_scales(config.get("quantization_config"), self.stored, self.path)
+        self.config = {key: value for key, value in config.items() if key != "quantization_config"}
+        scales = {scale.name for scale in self.scales.values()}
+        self.names = [name for name in self.stored if name not in scales]
 
-    def _weight_map(self) -> dict[str, str]:
+    def __reduce__(self):
+        return HfDir, (self.path,)
+
+    def _open_shards(self) -> dict[str, Stored]:
         index = self.path / INDEX
+        weight_map = None
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index}: not an index with a weight_map ({error}).") from error
-            shards = sorted(set(weight_map.values()))
-        elif (self.path / "model.safetensors").is_file():
-            weight_map, shards = None, ["model.safetensors"]
-        else:
+        elif not (self.path / "model.safetensors").is_file():
             raise CheckpointError(f"{self.path}: neither {INDEX} nor model.safetensors here. Is the download complete?")
-        held = {}
-        for shard in shards:
+        self.shards: list[str] = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+        held: dict[str, tuple[str, Stored]] = {}
+        for shard in self.shards:
             if not (self.path / shard).is_file():
                 raise CheckpointError(f"{index} names {shard}, which is not in {self.path}. Is the download complete?")
-            held |= dict.fromkeys(self._open(shard).keys(), shard)
-        if weight_map is None:
-            return held
-        for name, shard in weight_map.items():
-            if held.get(name) != shard:
+            held |= {name: (shard, stored) for name, stored in SafetensorsFile(self.path / shard).tensors.items()}
+        for name, shard in (weight_map or {}).items():
+            if name not in held or held[name][0] != shard:
                 raise CheckpointError(f"{index} says that {name} is in {shard}; that file does not hold it.")
-        if extra := sorted(held.keys() - weight_map.keys()):
+        if weight_map and (extra := sorted(held.keys() - weight_map.keys())):
             raise CheckpointError(
-                f"{self.path}/{held[extra[0]]} holds {extra[0]}, which {INDEX} does not name ({len(extra)} such)."
+                f"{self.path}/{held[extra[0]][0]} holds {extra[0]}, which {INDEX} does not name ({len(extra)} such)."
             )
-        return weight_map
-
-    def _open(self, shard: str):
-        if shard not in self._files:
-            try:
-                self._files[shard] = safe_open(self.path / shard, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{self.path / shard}: not a whole safetensors file ({error}). Download it again."
-                ) from error
-        return self._files[shard]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._shard_of)
-
-    def _slice(self, name: str):
-        return self._open(self._shard_of[name]).get_slice(name)
+        return {name: held[name][1] for name in weight_map or held}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self.stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        code = self._slice(name).get_dtype()
-        if code not in _DTYPES:
+        if name in self.scales:
+            return torch.bfloat16
+        stored = self.stored[name]
+        if stored.dtype in (None, torch.float8_e4m3fn):
             raise CheckpointError(
-                f"{self.path}/{self._shard_of[name]}: {name} has dtype {code}; allowed: {', '.join(_DTYPES)}."
+                f"{stored.file.path}: {name} has dtype {stored.code}; allowed: F32, BF16, F16, and F8_E4M3 with a scale."
             )
-        return _DTYPES[code]
+        return stored.dtype
 
     def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
         """Rows [first, last) of a tensor, of a matrix these columns; only their bytes are read."""
-        rows = slice(first, self.shape(name)[0] if last is None else last)
-        return self._slice(name)[rows] if columns == ALL else self._slice(name)[rows, columns]
+        tensor = self.stored[name].read(first, last, columns)
+        if name not in self.scales:
+            return tensor
+        scale = self.scales[name]
+        left, _, _ = columns.indices(self.shape(name)[1])
+        return fp8.dequantize(tensor, scale, self.stored[scale.name].read(0, None, ALL), first, left)
 
     def check(self) -> None:
         """Raise CheckpointError unless the tensors are this model's, all of them, in its shapes and dtypes."""
-        expected = hf_shapes(self.spec)
-        where = f"{self.path}"
-        if missing := sorted(expected.keys() - self._shard_of.keys()):
-            raise CheckpointError(
-                f"{where}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are). "
-                "config.json and the weights disagree, or the download is incomplete."
-            )
-        if unknown := sorted(self._shard_of.keys() - expected.keys()):
-            raise CheckpointError(
-                f"{where}: no place in a GLM-4.5 model for {unknown[0]} ({len(unknown)} such). Wrong model or a new release?"
-            )
-        for name, shape in expected.items():
-            if self.shape(name) != shape:
-                raise CheckpointError(f"{where}: {name} has shape {self.shape(name)}; config.json makes it {shape}.")
-        for row in rows(self.spec):
-            for expert in range(row.num_experts or 1):
-                dtypes = {name: self.dtype(name) for name in row.hf_names(expert)}
-                if len(set(dtypes.values())) > 1:
-                    raise CheckpointError(f"{where}: tensors that are one in megatron differ in dtype: {dtypes}.")
-                if row.is_fp32 and set(dtypes.values()) != {torch.float32}:
-                    raise CheckpointError(f"{where}: {dtypes} must be float32.")
+        check_tensors(self)
+
+    def stamp(self) -> object:
+        files = [self.path / name for name in ("config.json", *self.shards)]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-class ShardWriter:
-    """One safetensors file written tensor by tensor, in order: memory holds one of them at a time."""
+class AsStored:
+    """An HfReader of an HF directory's tensors as the files hold them: FP8 values and their scales by themselves."""
 
-    def __init__(self, path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]):
-        """tensors: name → (shape, dtype), in the order in which `write` will bring them."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (shape, dtype) in tensors.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._waiting = dict(tensors)
-        self._file = open(path, "wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+    def __init__(self, source: HfDir):
+        self.source, self.spec, self.path, self.config = source, source.spec, source.path, source.config
+        self.names = list(source.stored)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        expected = next(iter(self._waiting))
-        assert name == expected, f"{name} came where {expected} was announced"
-        assert (tuple(tensor.shape), tensor.dtype) == self._waiting.pop(name), f"{name} changed since it was announced"
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
 
-    def close(self) -> None:
-        self._file.close()
-        assert not self._waiting, f"{next(iter(self._waiting))} was announced and never written"
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.stored[name].dtype or self.source.dtype(name)
+
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        return self.source.stored[name].read(first, last, columns)
+
+    def stamp(self) -> object:
+        return self.source.stamp()
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer, template and configuration travel as they are."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def plan_hf(source: HfReader, max_shard_bytes: int) -> list[PlannedFile]:
+    """The files of `source` as model-0000i-of-0000n.safetensors with an index; tensors keep their order."""
+    sizes = {name: nbytes(source, name) for name in source.names}
+    shards = list(grouped(sizes, max_shard_bytes))
+    files, weight_map = [], {}
+    for number, names in enumerate(shards, start=1):
+        file = PlannedFile(f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        file.add_bytes(_header(source, {name: sizes[name] for name in names}))
+        for name in names:
+            if source.shape(name):
+                file.add_rows(source, name, 0, source.shape(name)[0])
+            weight_map[name] = file.name
+        files.append(file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    return [*files, literal(INDEX, (json.dumps(index, indent=2) + "\n").encode())]
 
 
-def write_hf(
-    path: Path, source: HfReader, names: list[str], max_shard_bytes: int, tick: Callable[[int], None] = lambda size: None
-) -> None:
-    """Write tensors in the given order as model-0000i-of-0000n.safetensors with an index; `tick` hears bytes written.
+def _header(source: HfReader, sizes: dict[str, int]) -> bytes:
+    """The beginning of a safetensors file that holds these tensors in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, size in sizes.items():
+        header[name] = {
+            "dtype": _CODES[source.dtype(name)],
+            "shape": list(source.shape(name)),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
-    Reads each tensor once, when its turn comes.
-    """
-    shards: list[dict] = [{}]
-    size = total = 0
-    for name in names:
-        shape, dtype = source.shape(name), source.dtype(name)
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = (shape, dtype)
-        size += nbytes
-        total += nbytes
-    weight_map = {}
-    for number, tensors in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        writer = ShardWriter(path / file_name, tensors)
-        for name in tensors:
-            tensor = source.read(name)
-            writer.write(name, tensor)
-            weight_map[name] = file_name
-            tick(tensor.nbytes)
-        writer.close()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+def plan_side_files(source: HfReader) -> list[PlannedFile]:
+    """Tokenizer and template as they are, and config.json: as it is unless what is read is no longer what it describes."""
+    path = source.path / "config.json"
+    same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == source.config
+    config = path.read_bytes() if same else (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
+    found = [source.path / name for name in SIDE_FILES if (source.path / name).is_file()]
+    return [literal("config.json", config), *(literal(file.name, file.read_bytes()) for file in found)]

@@ -1,110 +1,28 @@
-"""megatron `torch_dist` checkpoint directories: read by slices without megatron, written as a stream.
-
-The format is torch.distributed.checkpoint's: a pickled `.metadata` that says which bytes of which file hold which chunk of
-which tensor, and files of such chunks, each a torch.save. megatron adds metadata.json and a `common_state` object.
-"""
+"""megatron checkpoint directories of a GLM-4.5 model, in either dialect: read under both kinds of names, and planned."""
 
 import io
-import json
 import pickle
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, rows
-from glm45_tune.conversion.tensors import ALL, split_row
+from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, modules_with_extra_state, rows
+from glm45_tune.conversion.plan import MAX_FILE_BYTES, PlannedFile, literal
+from glm45_tune.conversion.tensors import ALL, HfReader, row_parts
+from glm45_tune.conversion.torch_dist import COMMON, FORMAT, TorchDistFiles, around, pickled
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 
-COMMON = "common_state/shard_0_1"  # where megatron keeps what is not a tensor
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles what torch.distributed.checkpoint puts into `.metadata` and nothing else: the file came from somebody."""
-
-    def find_class(self, module: str, name: str):
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, type(torch.Size))):
-            return getattr(torch, name)
-        if (module, name) in (
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "PurePosixPath"),
-        ):
-            return super().find_class(module, name)
-        if (module, name) == ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"):
-            return Metadata  # megatron 0.15 wrote this subclass
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-class TorchDistFiles:
-    """The tensors of a torch_dist directory, by key and slice."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not (self.path / ".metadata").is_file():
-            raise CheckpointError(
-                f"{self.path}: no .metadata here; not a megatron torch_dist checkpoint, or an incomplete one."
-            )
-        try:
-            with open(self.path / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-            raise CheckpointError(f"{self.path}/.metadata: cannot be read: {error}.") from error
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: meta for key, meta in metadata.state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
-        }
-        self._storage = metadata.storage_data
-        for info in self._storage.values():
-            if not (self.path / info.relative_path).is_file():
-                raise CheckpointError(f"{self.path}/.metadata names {info.relative_path}, which is not there.")
-
-    def read_key(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None):
-        """The part of a tensor that starts at `offsets` and has shape `sizes` (all of it by default)."""
-        meta = self.tensors[key]
-        offsets = offsets or (0,) * len(meta.size)
-        sizes = sizes or tuple(meta.size)
-        result, filled = torch.empty(sizes, dtype=meta.properties.dtype), 0
-        for chunk in meta.chunks:
-            low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
-            if any(a >= b for a, b in zip(low, high)):
-                continue
-            data = self._read(MetadataIndex(key, chunk.offsets))
-            data = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))]
-            if data.shape == result.shape:
-                return data
-            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = data
-            filled += data.numel()
-        if filled != result.numel():
-            raise CheckpointError(f"{self.path}: {filled} of the {result.numel()} values asked of {key} are stored.")
-        return result
-
-    def _read(self, index: MetadataIndex):
-        info = self._storage[index]
-        with open(self.path / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            data = file.read(info.length)
-        try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{self.path}/{info.relative_path}: {index.fqn} cannot be read; the file is damaged."
-            ) from error
+MAX_CHUNK_BYTES = 2**28  # a larger tensor is stored as several chunks
 
 
 class McoreDir(TorchDistFiles):
@@ -116,8 +34,10 @@ class McoreDir(TorchDistFiles):
         super().__init__(path)
         self.dialect = self._recognise()
         self._place = hf_places(self.spec, lambda row: row.name(self.dialect) in self.tensors)
-        self._last_read: tuple = (None, [])
         self.check()
+
+    def __reduce__(self):
+        return McoreDir, (self.path,)
 
     def _recognise(self) -> str:
         for dialect, key in zip(DIALECTS, ("decoder.final_norm.weight", "decoder.final_layernorm.weight")):
@@ -147,6 +67,9 @@ class McoreDir(TorchDistFiles):
             if key not in known and not key.startswith("optimizer."):
                 raise CheckpointError(f"{self.path}: no place in a GLM-4.5 model for {key}. Wrong model or a new release?")
 
+    def stamp(self) -> object:
+        return [_stat(self.path / name) for name in ("config.json", ".metadata", *self.file_names)]
+
     # the same checkpoint seen under its Hugging Face names, as HfDir shows one
 
     @property
@@ -161,86 +84,106 @@ class McoreDir(TorchDistFiles):
         return self.tensors[self._place[name][0].name(self.dialect)].properties.dtype
 
     def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
-        """Rows [first, last) and columns of an HF tensor. Its whole row is read, and kept until another row is asked for."""
+        """Rows [first, last) and columns of an HF tensor, from wherever they stand in the merged one."""
         row, part, expert = self._place[name]
-        if self._last_read[0] != (row.hybrid, expert):
-            self._last_read = (row.hybrid, expert), split_row(row, self.read_row(row, expert))
-        tensor = self._last_read[1][part][first:last]
-        return tensor if columns == ALL else tensor[:, columns]
+        last = row.parts[part].shape[0] if last is None else last
+        found, start = [], 0
+        for which, lo, hi in row.pieces:
+            a, b = max(first, lo), min(last, hi)
+            if which == part and a < b:
+                found.append(self._read_rows(row, expert, start + a - lo, start + b - lo, columns))
+            start += hi - lo
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def read_row(self, row: Row, expert: int | None = None) -> torch.Tensor:
-        """A row's whole tensor, or one expert of it."""
-        key = row.name(self.dialect)
+    def _read_rows(self, row: Row, expert: int | None, first: int, last: int, columns: slice) -> torch.Tensor:
+        """Rows of a merged tensor, or of one expert of it."""
+        offsets, sizes = (first,), (last - first,)
+        if len(row.parts[0].shape) == 2:
+            left, right, _ = columns.indices(row.shape[-1])
+            offsets, sizes = (first, left), (last - first, right - left)
         if expert is None:
-            return self.read_key(key)
-        _, *one = row.shape
-        return self.read_key(key, (expert,) + (0,) * len(one), (1, *one))[0]
+            return self.read_key(row.name(self.dialect), offsets, sizes)
+        return self.read_key(row.name(self.dialect), (expert, *offsets), (1, *sizes))[0]
 
 
-class _StreamPlanner(DefaultSavePlanner):
-    """Plans a save from shapes alone and fetches each chunk only when it is about to be written."""
-
-    def __init__(self, chunks: "Chunks", objects: dict[str, bytes]):
-        super().__init__()
-        self._chunks, self._objects = chunks, objects
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        items, self._readers = [], {}
-        for key, (shape, dtype, parts) in self._chunks.items():
-            for offsets, sizes, read in parts:
-                index = MetadataIndex(key, torch.Size(offsets))
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape))
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-                self._readers[index] = read
-        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]):
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem):
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._objects[write_item.index.fqn])
-        return self._readers[write_item.index]().detach()
-
-
-# key → (shape of the whole tensor, dtype, [(offsets, sizes, read), …]): the chunks this process writes
-Chunks = dict[str, tuple[tuple[int, ...], torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...], Callable]]]]
-
-
-def write_torch_dist(path: Path, chunks: Chunks, objects: dict[str, object], group=None) -> None:
-    """Write a torch_dist checkpoint into an existing directory; with `group`, its ranks write their parts together.
-
-    A chunk's `read` is called when its turn comes, so one chunk a thread is in memory. objects: plain values by key.
-    """
-    packed = {key: _pickled([value]) for key, value in objects.items()}
-    writer = FileSystemWriter(str(path), single_file_per_rank=True, sync_files=False, thread_count=2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process writes: that is the intent
-        planner = _StreamPlanner(chunks, packed)
-        save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
-    if group is None or group.rank() == 0:
-        (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-
-
-def write_model(path: Path, chunks: Chunks, empty_objects: list[str], legacy_common: bool) -> None:
-    """Write a model's checkpoint. empty_objects: keys of objects that hold None.
-
-    legacy_common: also write the common.pt that megatron-core before 0.19 wants.
-    """
-    write_torch_dist(path, chunks, dict.fromkeys(empty_objects) | {COMMON: {}})
-    if legacy_common:
-        torch.save({}, path / "common.pt")
-
-
-def _pickled(value) -> bytes:
+def plan_mcore(source: HfReader, dialect: str) -> list[PlannedFile]:
+    """The files of `source` as a torch_dist checkpoint: chunks in the order of the table, `.metadata`, and what goes with it."""
+    plan = _Plan(source, dialect)
+    for row in rows(source.spec):
+        plan.add_row(row)
+    plan.add_objects({COMMON: {}} | dict.fromkeys(_extra_states(source.spec, dialect)))
     buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+    pickle.dump(plan.metadata, buffer, protocol=4)
+    files = [*plan.files, literal(".metadata", buffer.getvalue()), literal("metadata.json", FORMAT.encode())]
+    if dialect == "gpt":
+        files.append(literal("common.pt", pickled({})))  # megatron-core before 0.19 wants it
+    return files
+
+
+class _Plan:
+    def __init__(self, source: HfReader, dialect: str):
+        self._source, self._dialect = source, dialect
+        self.files: list[PlannedFile] = []
+        self.metadata = Metadata(state_dict_metadata={}, storage_data={})
+
+    def add_row(self, row: Row) -> None:
+        """A tensor, cut into chunks: one an expert, or as many rows as MAX_CHUNK_BYTES takes. Aliases share its bytes."""
+        dtype = self._source.dtype(row.hf_names(0)[0])
+        row_shape = row.parts[0].shape[1:]
+        step = max(MAX_CHUNK_BYTES // (torch.Size(row_shape).numel() * dtype.itemsize), 1)
+        keys = (row.name(self._dialect), *row.alias_names(self._dialect))
+        chunks = []
+        for expert in range(row.num_experts) if row.num_experts else (None,):
+            stack = () if expert is None else (expert,)
+            for first in range(0, row.height, step):
+                last = min(first + step, row.height)
+                offsets = (*stack, first, *(0 for _ in row_shape))
+                sizes = (*(1 for _ in stack), last - first, *row_shape)
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                info = self._add_chunk(sizes, dtype, list(row_parts(row, first, last, expert)))
+                for key in keys:
+                    self.metadata.storage_data[MetadataIndex(key, torch.Size(offsets))] = info
+        for key in keys:
+            self.metadata.state_dict_metadata[key] = TensorStorageMetadata(
+                TensorProperties(dtype=dtype), torch.Size(row.shape), list(chunks)
+            )
+
+    def _add_chunk(self, sizes: tuple[int, ...], dtype: torch.dtype, parts: list[tuple[str, int, int]]) -> _StorageInfo:
+        before, after = around(sizes, dtype)
+        file = self._file(torch.Size(sizes).numel() * dtype.itemsize)
+        start = file.size
+        file.add_bytes(before)
+        for name, first, last in parts:
+            file.add_rows(self._source, name, first, last)
+        file.add_bytes(after)
+        return _StorageInfo(file.name, start, file.size - start)
+
+    def _file(self, size: int) -> PlannedFile:
+        if not self.files or self.files[-1].size + size > MAX_FILE_BYTES:
+            self.files.append(PlannedFile(f"__{len(self.files)}_0.distcp"))
+        return self.files[-1]
+
+    def add_objects(self, objects: dict[str, object]) -> None:
+        """Plain values; equal ones are stored once."""
+        stored: dict[bytes, _StorageInfo] = {}
+        for key, value in objects.items():
+            data = pickled([value])
+            if data not in stored:
+                file = self._file(len(data))
+                stored[data] = _StorageInfo(file.name, file.size, len(data))
+                file.add_bytes(data)
+            self.metadata.state_dict_metadata[key] = BytesStorageMetadata()
+            self.metadata.storage_data[MetadataIndex(key)] = stored[data]
+
+
+def _extra_states(spec: ModelSpec, dialect: str) -> list[str]:
+    return [
+        f"{module}._extra_state/shard_{i}_{count}"
+        for module, count in modules_with_extra_state(spec, dialect)
+        for i in range(count)
+    ]
+
+
+def _stat(path: Path) -> list:
+    found = path.stat()
+    return [path.name, found.st_size, found.st_mtime_ns]

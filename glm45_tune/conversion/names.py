@@ -53,9 +53,14 @@ class Row:
         return [part.name.format(e=expert) for part in self.parts]
 
     @property
+    def height(self) -> int:
+        """Rows of the merged tensor, of one expert where it stacks them."""
+        return sum(part.shape[0] for part in self.parts)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole megatron tensor."""
-        one = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+        one = (self.height, *self.parts[0].shape[1:])
         return one if self.num_experts is None else (self.num_experts, *one)
 
     @property

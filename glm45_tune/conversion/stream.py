@@ -1,22 +1,23 @@
-"""Conversion between the two formats, tensor by tensor: memory never holds more than a few."""
+"""Conversion between the two formats: files planned first, then written by one process or several, each file by itself."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from glm45_tune.conversion.adapter import Merged
-from glm45_tune.conversion.hf_files import INDEX, HfDir, copy_side_files, write_hf
-from glm45_tune.conversion.mcore_files import Chunks, McoreDir, write_model
-from glm45_tune.conversion.names import modules_with_extra_state, mtp_copies, rows
-from glm45_tune.conversion.outdir import whole
-from glm45_tune.conversion.tensors import HfReader, read_row
+from glm45_tune.conversion.check import check_tensors
+from glm45_tune.conversion.fp8 import Quantized
+from glm45_tune.conversion.hf_files import INDEX, AsStored, HfDir, plan_hf, plan_side_files
+from glm45_tune.conversion.mcore_files import McoreDir, plan_mcore
+from glm45_tune.conversion.names import mtp_copies
+from glm45_tune.conversion.outdir import Beside, nothing, resumable
+from glm45_tune.conversion.tensors import HfReader, nbytes, pieces
 from glm45_tune.conversion.verify import compare, same_bytes
+from glm45_tune.conversion.views import WithoutMtp
+from glm45_tune.conversion.workers import Tick, default_workers
+from glm45_tune.conversion.write import write_files
 from glm45_tune.errors import CheckpointError, VerificationError
 
-MAX_SHARD_BYTES = 5 * 10**9
 
-Tick = Callable[[int], None]
+MAX_SHARD_BYTES = 2 * 10**9
 
 
 def open_model(path: str | Path) -> HfDir | McoreDir:
@@ -36,25 +37,7 @@ def has_mtp(source: HfReader) -> bool:
 
 
 def total_bytes(source: HfReader) -> int:
-    return sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.names)
-
-
-def to_mcore(
-    source: HfReader, output: str | Path, dialect: str = "hybrid", verify: bool = True, tick: Tick = lambda n: None
-):
-    """Write `source` as a torch_dist checkpoint that megatron-core loads under any layout.
-
-    Raises CheckpointError on tensors that are not this model's, VerificationError when what was written differs.
-    `tick` hears the bytes read, and once more those verified.
-    """
-    if isinstance(source, HfDir):
-        source.check()
-    with whole(output, "mcore", source.path, source=str(source.path), dialect=dialect) as staging:
-        _check_copies(source)
-        write_model(staging, _chunks(source, dialect, tick), _extra_states(source, dialect), legacy_common=dialect == "gpt")
-        copy_side_files(source.path, staging)
-        if verify:
-            _verify(source, McoreDir(staging), tick)
+    return sum(nbytes(source, name) for name in source.names)
 
 
 def convert(
@@ -63,83 +46,89 @@ def convert(
     to: str,
     dialect: str = "hybrid",
     adapter: str | Path | None = None,
-    verify: bool = True,
-    tick: Tick = lambda n: None,
+    fp8: str | None = None,
+    mtp: bool = True,
+    **how: object,
 ) -> HfReader:
     """Convert a checkpoint directory to `to`, "mcore" or "hf", with a PEFT adapter merged in where one is given.
 
-    adapter: a PEFT directory, or a run that made one. Returns what was read.
+    adapter: a PEFT directory, or a run that made one. fp8: "channel" or "block", of "hf": quantized as it is written, after
+    merging. mtp: False leaves the MTP layers out. how: verify, workers, allow_nonfinite, tick of `to_hf`. Returns what was read.
     """
     source: HfReader = open_model(model)
+    if not mtp:
+        source = WithoutMtp(source)
     if adapter is not None:
         inside_run = Path(adapter) / "adapter"
         source = Merged(source, inside_run if inside_run.is_dir() else adapter)
-    if source.spec.mtp_num_layers and not has_mtp(source):
-        raise CheckpointError(
-            f"{source.path}: config.json promises an MTP layer that is not here (a run that left it out of training?). "
-            "`glm45-tune export RUN` takes it from the run's base model."
-        )
     if to == "mcore":
-        to_mcore(source, output, dialect, verify, tick)
+        to_mcore(source, output, dialect, **how)
     else:
-        to_hf(source, output, verify, tick)
+        to_hf(Quantized(source, fp8) if fp8 else source, output, **how)
     return source
 
 
-def _chunks(source: HfReader, dialect: str, tick: Tick) -> Chunks:
-    chunks: Chunks = {}
-    for row in rows(source.spec):
-        dtype = source.dtype(row.hf_names(0)[0])
-
-        def reader(row=row, expert=None):
-            def read() -> torch.Tensor:
-                tensor = read_row(row, source, expert=expert)
-                tick(tensor.nbytes)
-                return tensor if expert is None else tensor[None]
-
-            return read
-
-        if row.num_experts is None:
-            parts = [((0,) * len(row.shape), row.shape, reader())]
-        else:
-            _, *one = row.shape
-            parts = [((e,) + (0,) * len(one), (1, *one), reader(expert=e)) for e in range(row.num_experts)]
-        for key in (row.name(dialect), *row.alias_names(dialect)):
-            chunks[key] = (row.shape, dtype, parts)
-    return chunks
+def to_mcore(
+    source: HfReader,
+    output: str | Path,
+    dialect: str = "hybrid",
+    verify: bool = True,
+    tick: Tick = lambda size: None,
+    workers: int | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write `source` as a torch_dist checkpoint that megatron-core loads under any layout; the rest is as in `to_hf`."""
+    check_tensors(source)
+    _check_copies(source)
+    facts = {"source": str(source.path), "dialect": dialect}
+    with resumable(output, "mcore", source.path, job=source.stamp(), **facts) as staging:
+        workers = workers or default_workers(total_bytes(source))
+        write_files(staging, source, plan_mcore(source, dialect) + plan_side_files(source), workers, allow_nonfinite, tick)
+        if verify:
+            _verify(source, McoreDir(staging.path), workers, tick)
 
 
-def _extra_states(source: HfReader, dialect: str) -> list[str]:
-    return [
-        f"{module}._extra_state/shard_{i}_{count}"
-        for module, count in modules_with_extra_state(source.spec, dialect)
-        for i in range(count)
-    ]
+def to_hf(
+    source: HfReader,
+    output: str | Path,
+    verify: bool = True,
+    tick: Tick = lambda size: None,
+    kind: str = "hf",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    beside: Beside = nothing,
+    workers: int | None = None,
+    allow_nonfinite: bool = False,
+    **facts: object,
+) -> None:
+    """Write `source` as an HF directory: sharded safetensors, index, config, tokenizer and template as they were.
+
+    verify: read what was written and compare every byte. tick: hears bytes written, and once more those verified. beside: adds
+    files to the directory. workers: processes that share the work, None: as many as it is worth. What was cut off goes on
+    with the files that were whole. Raises CheckpointError on tensors that are not this model's, or not finite unless
+    allow_nonfinite; VerificationError when what was written differs from the source.
+    """
+    check_tensors(source.base if isinstance(source, Quantized) else source)
+    facts |= {"source": str(source.path), "max_shard_bytes": max_shard_bytes}
+    with resumable(output, kind, source.path, job=source.stamp(), **facts) as staging:
+        workers = workers or default_workers(total_bytes(source))
+        files = plan_hf(source, max_shard_bytes) + plan_side_files(source)
+        write_files(staging, source, files, workers, allow_nonfinite, tick)
+        beside(staging.path)
+        if verify:
+            written = HfDir(staging.path)
+            _verify(source, AsStored(written) if isinstance(source, Quantized) else written, workers, tick)
 
 
 def _check_copies(source: HfReader) -> None:
     for copy, original in mtp_copies(source.spec).items():
-        if copy in source.names and not same_bytes(source.read(copy), source.read(original)):
-            raise CheckpointError(
-                f"{source.path}: {copy} differs from {original}, which it must repeat: megatron keeps one of the two."
-            )
+        for first, last in pieces(source, copy):
+            if not same_bytes(source.read(copy, first, last), source.read(original, first, last)):
+                raise CheckpointError(
+                    f"{source.path}: {copy} differs from {original}, which it must repeat: megatron keeps one of the two."
+                )
 
 
-def to_hf(
-    source: HfReader, output: str | Path, verify: bool = True, tick: Tick = lambda n: None, kind: str = "hf", **facts: object
-):
-    """Write `source` as an HF directory: sharded safetensors, index, config, tokenizer and template as they were.
-
-    Raises VerificationError when what was written differs from the source.
-    """
-    with whole(output, kind, source.path, source=str(source.path), **facts) as staging:
-        write_hf(staging, source, source.names, MAX_SHARD_BYTES, tick)
-        copy_side_files(source.path, staging)
-        if verify:
-            _verify(source, HfDir(staging), tick)
-
-
-def _verify(source: HfReader, written: HfReader, tick: Tick) -> None:
-    report = compare(source, written, tick)
+def _verify(source: HfReader, written: HfReader, workers: int, tick: Tick) -> None:
+    report = compare(source, written, tick, workers)
     if report.differences:
         raise VerificationError(f"What was written differs from {source.path}. {report.summary()}")

@@ -3,12 +3,12 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from glm45_tune.conversion.adapter import Merged, write_peft
+from glm45_tune.conversion.fp8 import Quantized
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import mtp_copies
 from glm45_tune.conversion.outdir import check_free
@@ -23,9 +23,15 @@ class Trained:
     """An HfReader: what a full run trained, in the base's dtypes; what it did not hold (an MTP layer left out) from the base."""
 
     def __init__(self, base: HfReader, checkpoint: McoreDir):
-        self.base, self.spec, self.path, self.names = base, base.spec, base.path, base.names
+        self.base, self.spec, self.path, self.names, self.config = base, base.spec, base.path, base.names, base.config
         self._checkpoint, self._trained = checkpoint, set(checkpoint.names)
         self._copies = mtp_copies(base.spec)
+
+    def __reduce__(self):
+        return Trained, (self.base, self._checkpoint)
+
+    def stamp(self) -> object:
+        return [self.base.stamp(), self._checkpoint.stamp()]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.shape(name)
@@ -44,11 +50,13 @@ def export(
     output: str | Path,
     adapter_only: bool = False,
     step: int | None = None,
-    tick: Callable[[int], None] = lambda size: None,
+    fp8: str | None = None,
+    **how: object,
 ) -> None:
     """Write a run's result as a Hugging Face directory (or its adapter as a PEFT directory) and read it back.
 
-    step: which checkpoint; None takes the last complete one. Raises CheckpointError when the run has none, or when its base
+    step: which checkpoint; None takes the last complete one. fp8: "channel" or "block", quantized
+    after merging. how: workers, allow_nonfinite, tick of `to_hf`. Raises CheckpointError when the run has none, or when its base
     model is gone or another.
     """
     run, output = Path(run), Path(output)
@@ -61,7 +69,7 @@ def export(
     if facts["lora"] is None:
         if adapter_only:
             raise CheckpointError(f"{run} trained all weights; it has no adapter. Leave --adapter-only out.")
-        to_hf(Trained(base, McoreDir(checkpoint)), output, tick=tick, kind="export", run=str(run))
+        _write(Trained(base, McoreDir(checkpoint)), output, fp8, run, **how)
         return
     lora = LoraConfig(**facts["lora"])
     if adapter_only:
@@ -70,9 +78,13 @@ def export(
     holder = Path(tempfile.mkdtemp(prefix="glm45_tune_"))
     try:
         write_peft(checkpoint, lora, base, holder / "adapter")
-        to_hf(Merged(base, holder / "adapter"), output, tick=tick, kind="export", run=str(run))
+        _write(Merged(base, holder / "adapter"), output, fp8, run, **how)
     finally:
         shutil.rmtree(holder)
+
+
+def _write(model: HfReader, output: Path, fp8: str | None, run: Path, **how: object) -> None:
+    to_hf(Quantized(model, fp8) if fp8 else model, output, kind="export", run=str(run), **how)
 
 
 def _facts(run: Path) -> dict:

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from glm45_tune.conversion.mcore_files import COMMON, Chunks, TorchDistFiles, write_torch_dist
+from glm45_tune.conversion.torch_dist import COMMON, Chunks, TorchDistFiles, write_torch_dist
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.mcore.step import Trainer
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
-from glm45_tune.conversion.hf_files import write_hf
+from glm45_tune.conversion.fp8 import Quantized
+from glm45_tune.conversion.hf_files import plan_hf
 from glm45_tune.conversion.names import hf_shapes, mtp_copies
 from glm45_tune.conversion.outdir import whole
-from glm45_tune.conversion.tensors import ALL
+from glm45_tune.conversion.tensors import ALL, HfReader
+from glm45_tune.conversion.write import write_file
 from glm45_tune.spec import ModelSpec
 from glm45_tune.tiny import tokenizer as tiny_tokenizer
 
@@ -63,8 +65,8 @@ class RandomModel:
 
     path = Path("random weights")
 
-    def __init__(self, spec: ModelSpec, seed: int):
-        self.spec, self._seed = spec, seed
+    def __init__(self, spec: ModelSpec, seed: int, config: dict | None = None):
+        self.spec, self.config, self._seed = spec, config or {}, seed
         self._shapes = hf_shapes(spec)
         self.names = list(self._shapes)
         self._order = {name: number for number, name in enumerate(self.names)}
@@ -91,20 +93,25 @@ class RandomModel:
         else:
             drawn = drawn / self._shapes[name][-1] ** 0.5
         drawn = drawn.to(self.dtype(name))[first:last]
-        return drawn if columns == ALL else drawn[:, columns]
+        return drawn if columns == ALL else drawn[:, columns].contiguous()
+
+    def stamp(self) -> object:
+        return [repr(self.spec), self._seed]
 
 
-def write(output: str | Path, like: str = "air", mtp: bool = True, seed: int = 0) -> None:
-    """Write the checkpoint. Raises UserError when `output` exists and is not ours."""
+def write(output: str | Path, like: str = "air", mtp: bool = True, seed: int = 0, fp8: str | None = None) -> None:
+    """Write the checkpoint; fp8: "channel" or "block". Raises UserError when `output` exists and is not ours."""
     tokenizer = tiny_tokenizer.build()
     vocab_size = -(-tokenizer.get_vocab_size() // 128) * 128
     eos = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     settings = config(like, mtp, vocab_size, eos)
-    spec = ModelSpec.from_config(settings, "config.json")
+    source: HfReader = RandomModel(ModelSpec.from_config(settings, "config.json"), seed, settings)
+    if fp8:
+        source = Quantized(source, fp8)
     with whole(output, "tiny", like=like, seed=seed) as staging:
-        source = RandomModel(spec, seed)
-        write_hf(staging, source, source.names, max_shard_bytes=600_000)
-        (staging / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for file in plan_hf(source, max_shard_bytes=600_000):
+            write_file(staging / file.name, source, file)
+        (staging / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
         generation = {"_from_model_config": True, "do_sample": True, "eos_token_id": eos, "pad_token_id": eos[0]}
         (staging / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         tiny_tokenizer.save(tokenizer, staging)

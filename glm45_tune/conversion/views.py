@@ -1,0 +1,33 @@
+"""Readers that show another reader's model changed."""
+
+import dataclasses
+
+import torch
+
+from glm45_tune.conversion.tensors import ALL, HfReader
+
+
+class WithoutMtp:
+    """An HfReader: `base` without its MTP layers, and a config.json that promises none."""
+
+    def __init__(self, base: HfReader):
+        self.base, self.path = base, base.path
+        self.spec = dataclasses.replace(base.spec, mtp_num_layers=0)
+        self.config = base.config | {"num_nextn_predict_layers": 0}
+        left = tuple(f"model.layers.{base.spec.num_layers + depth}." for depth in range(base.spec.mtp_num_layers))
+        self.names = [name for name in base.names if not name.startswith(left)] if left else base.names
+
+    def __reduce__(self):
+        return WithoutMtp, (self.base,)
+
+    def stamp(self) -> object:
+        return [self.base.stamp(), "without MTP"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(name)
+
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        return self.base.read(name, first, last, columns)
