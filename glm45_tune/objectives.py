@@ -27,6 +27,14 @@ class PreferenceConfig(Section):
     reference: Literal["adapter_off", "precomputed"] = "adapter_off"
     """adapter_off: the model without its LoRA adapter, run forward beside every step. precomputed: once, before the first step."""
 
+    @model_validator(mode="after")
+    def _kto_asks_for_more(self):
+        if self.loss == "kto" and self.reference == "precomputed":
+            raise ValueError(
+                "kto measures how far the policy is from the reference on answers mixed anew each step: adapter_off"
+            )
+        return self
+
 
 class RewardConfig(Section):
     function: str
@@ -147,3 +155,15 @@ class RLConfig(Section):
         if self.max_turns > 1 and self.tools is None:
             raise ValueError("max_turns above 1 needs tools, the function that answers the turns")
         return self
+
+
+def check_objective(recipe) -> None:
+    """Raise ValueError where a recipe's sections do not go with what it trains for."""
+    if recipe.kind != "sft" and (recipe.data.streaming or recipe.model.mtp_loss_scaling_factor):
+        what = "data.streaming" if recipe.data.streaming else "model.mtp_loss_scaling_factor"
+        raise ValueError(f"{what} goes with supervised training alone; leave it out beside {recipe.kind}")
+    if recipe.preference and recipe.preference.reference == "adapter_off" and recipe.lora is None:
+        raise ValueError(
+            "preference.reference adapter_off is the model without its adapter, and there is no lora section; set it to "
+            "precomputed"
+        )

@@ -28,6 +28,7 @@ class Batch:
     num_padding: int = 0
     share: Share | None = None
     sequence: torch.Tensor | None = None
+    num_samples: int = 0
     along: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
@@ -51,6 +52,7 @@ class Batch:
             num_padding,
             share,
             self.sequence[index].masked_fill(is_padding, -1),
+            self.num_samples,
             {name: values[index] for name, values in self.along.items()},
         )
 
@@ -79,6 +81,7 @@ def collate(
         torch.from_numpy(weights.astype(np.float32)),
         padding,
         sequence=torch.from_numpy(np.repeat([*range(len(samples)), *([-1] if padding else [])], lengths)),
+        num_samples=len(samples),
         along={name: _along(values, padding) for name, values in (along or {}).items()},
     )
 

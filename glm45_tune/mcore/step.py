@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -154,6 +155,29 @@ class Trainer:
                 dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
                 found[number] = whole.cpu()
         return found
+
+    def over_row(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over this context rank's tokens → over the whole row's. The gradient stays with each rank's own part."""
+        if self._layout.context_parallel_size == 1:
+            return sums
+        return reduce_from_tensor_model_parallel_region(sums, group=parallel_state.get_context_parallel_group())
+
+    def for_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Values that every context rank has alike and uses for its own tokens: their gradients are summed."""
+        if self._layout.context_parallel_size == 1:
+            return values
+        return copy_to_tensor_model_parallel_region(values, group=parallel_state.get_context_parallel_group())
+
+    @property
+    def reports_row(self) -> bool:
+        """Whether this is the one of a row's context ranks that reports what is counted of whole rows."""
+        return parallel_state.get_context_parallel_rank() == 0
+
+    @property
+    def reports_sample(self) -> bool:
+        """Whether this is the one of a sample's ranks that reports what `log_probabilities` says of it."""
+        is_first = self.reports_row and parallel_state.get_tensor_model_parallel_rank() == 0
+        return is_first and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     def _scales(self, denominators: list[float]) -> torch.Tensor:
         """What each prediction's weighted sum counts in the loss."""
