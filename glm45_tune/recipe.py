@@ -4,17 +4,19 @@ Keys keep the field's names: megatron's for parallelism and the model, PEFT's fo
 the defaults below; `key=value` on the command line comes on top. Relative paths are taken from the working directory.
 """
 
-import difflib
 import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from glm45_tune.errors import RecipeError
+from glm45_tune.faults import explain, override
 from glm45_tune.layout import Layout
+from glm45_tune.objectives import PreferenceConfig, check_objective
+from glm45_tune.section import Dtype, NotNegative, Positive, Section
 
 # the linears LoRA can sit on, megatron's name → the HF projections fused in it
 LINEARS = {
@@ -30,16 +32,8 @@ FRONTS = ("self_attention", "self_attn", "mlp", "shared_experts", "experts", "ml
 # above it Adam's second moment falls by less than half a bf16 step and so stays where it is
 LARGEST_BF16_BETA2 = 0.99
 
-Dtype = Literal["bf16", "fp32"]
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: str
     """Checkpoint directory, Hugging Face or megatron format."""
     params_dtype: Dtype = "bf16"
@@ -57,7 +51,7 @@ class ModelConfig(_Section):
     """
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     path: str
     """A file or folder (.jsonl, .json, .csv, .parquet, .txt, also .gz and .zst), hf:ORG/NAME[:CONFIG][@SPLIT], ms:… the same of
 
@@ -70,7 +64,7 @@ class SourceConfig(_Section):
 Sources = str | list[str | SourceConfig]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     train: Sources = Field(validation_alias=AliasChoices("train", "source"))
     """One source, or a list of them; a source is a path or {path, weight}. `source` is another name for it."""
     eval: Sources | None = None
@@ -118,7 +112,7 @@ class DataConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     r: Positive = 32
     lora_alpha: Annotated[float, Field(gt=0)] = 64.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -166,7 +160,7 @@ def _ends(path: str, target: str) -> bool:
     return path == target or path.endswith("." + target)
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     tensor_model_parallel_size: Positive = 1
     """Sequence parallelism goes with it."""
     pipeline_model_parallel_size: Positive = 1
@@ -186,7 +180,7 @@ class ParallelConfig(_Section):
         return Layout(**sizes, world_size=world_size)
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     min_lr: NotNegative | None = None
     """Where the cosine ends; null: at a tenth of lr."""
@@ -219,7 +213,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     micro_batch_size: Positive = 1
     """Packed rows a rank computes at once."""
     global_batch_size: Positive = 16
@@ -260,13 +254,13 @@ class TrainConfig(_Section):
         return self
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     tensorboard: bool = False
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run. Frozen: what was checked is what runs."""
 
     model: ModelConfig
@@ -274,6 +268,8 @@ class Recipe(_Section):
     output_dir: str
     lora: LoraConfig | None = None
     """Absent: every weight is trained."""
+    preference: PreferenceConfig | None = None
+    """Given: the data are pairs, of which the chosen answer is made likelier than the rejected one."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
@@ -283,6 +279,16 @@ class Recipe(_Section):
     def _knows_its_end(self):
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming needs train.steps: how many rows an epoch has is not known beforehand")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """What the data are for."""
+        return "preference" if self.preference else "sft"
+
+    @model_validator(mode="after")
+    def _objective_fits(self):
+        check_objective(self)
         return self
 
     @model_validator(mode="after")
@@ -310,8 +316,8 @@ class Recipe(_Section):
             raise RecipeError(f"{path}: not YAML: {error}") from error
         if not isinstance(document, dict):
             raise RecipeError(f"{path}: holds {type(document).__name__}; a recipe is a mapping of sections.")
-        for override in overrides:
-            _override(document, override)
+        for text in overrides:
+            override(document, text)
         return cls.from_dict(document, str(path))
 
     @classmethod
@@ -323,8 +329,8 @@ class Recipe(_Section):
             "train": {"epochs": 1},
             "output_dir": "runs/unnamed",
         }
-        for override in overrides:
-            _override(document, override)
+        for text in overrides:
+            override(document, text)
         return cls.from_dict(document, source)
 
     @classmethod
@@ -333,7 +339,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            faults = [_explain(fault) for fault in error.errors()]
+            faults = [explain(fault, cls) for fault in error.errors()]
             raise RecipeError(f"{where}: " + ("" if len(faults) == 1 else "\n  ") + "\n  ".join(faults)) from None
 
     def to_yaml(self) -> str:
@@ -344,53 +350,3 @@ def sources_of(sources: Sources) -> list[SourceConfig]:
     """The sources of a data section, each with its weight."""
     listed = [sources] if isinstance(sources, str) else sources
     return [SourceConfig(path=source) if isinstance(source, str) else source for source in listed]
-
-
-def _override(document: dict, text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"{text!r}: an override is key=value, such as optimizer.lr=5e-5.")
-    *sections, last = key.split(".")
-    for section in sections:
-        document = document.setdefault(section, {})
-        if not isinstance(document, dict):
-            raise RecipeError(f"{text!r}: {section} is {document!r}, not a section.")
-    try:
-        document[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
-
-
-def _explain(fault: dict) -> str:
-    location = [
-        part
-        for part in fault["loc"]
-        if part not in ("str", "SourceConfig") and not str(part).startswith(("list[", "function-"))
-    ]
-    where = ".".join(map(str, location))
-    if fault["type"] == "extra_forbidden":
-        allowed = _keys_at(tuple(part for part in location[:-1] if isinstance(part, str)))
-        near = difflib.get_close_matches(str(location[-1]), allowed, 1, 0.5)
-        front = ".".join(map(str, location[:-1]))
-        hint = f"Did you mean {f'{front}.' if front else ''}{near[0]}?" if near else f"Allowed: {', '.join(allowed)}."
-        return f"{where}: unknown key. {hint}"
-    if fault["type"] == "missing":
-        return f"{where}: missing."
-    message = fault["msg"].removeprefix("Value error, ")
-    came = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
-    return f"{where}: {message}{came}." if where else f"{message}{came}."
-
-
-def _keys_at(location: tuple[str, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        model = _section_in(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def _section_in(annotation) -> type[BaseModel]:
-    """The section inside an annotation such as `LoraConfig | None` or `str | list[str | SourceConfig]`."""
-    if hasattr(annotation, "model_fields"):
-        return annotation
-    found = (_section_in(inner) for inner in getattr(annotation, "__args__", ()) if inner is not type(None))
-    return next((section for section in found if section is not None), None)

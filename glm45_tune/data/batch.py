@@ -1,6 +1,6 @@
 """One micro batch: samples laid end to end, with positions, edges, labels and weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ class Batch:
     tokens, positions int64 [T]; bounds: edges of the documents, 0 first, T last; labels int64 [M, T]: what each position's
     m-th prediction should be; weights float32 [M, T]: how much it counts; num_padding: tokens at the end that are no data;
     share: where the row is cut over context ranks, which part of it this is (bounds then are the edges of its pieces).
+    sequence int64 [T]: which sample each token belongs to, −1 padding. along: what else goes with the tokens, each [T, …], at
+    the position that predicts the token it is of.
     """
 
     tokens: torch.Tensor
@@ -25,11 +27,15 @@ class Batch:
     weights: torch.Tensor
     num_padding: int = 0
     share: Share | None = None
+    sequence: torch.Tensor | None = None
+    num_samples: int = 0
+    along: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("tokens", "positions", "labels", "weights")
+        names = ("tokens", "positions", "labels", "weights", "sequence")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved, share=self.share and self.share.to(device))
+        along = {name: values.to(device, non_blocking=True) for name, values in self.along.items()}
+        return replace(self, **moved, along=along, share=self.share and self.share.to(device))
 
     def cut(self, share: Share, pad_id: int) -> "Batch":
         """The part of this row that a context rank holds. The row must be data alone, or padding alone."""
@@ -45,13 +51,19 @@ class Batch:
             self.weights[:, index].masked_fill(is_padding, 0),
             num_padding,
             share,
+            self.sequence[index].masked_fill(is_padding, -1),
+            self.num_samples,
+            {name: values[index] for name, values in self.along.items()},
         )
 
 
-def collate(samples: list[Sample], num_predictions: int, multiple: int, pad_id: int) -> Batch:
+def collate(
+    samples: list[Sample], num_predictions: int, multiple: int, pad_id: int, along: dict[str, list[np.ndarray]] | None = None
+) -> Batch:
     """Lay samples end to end; a document of padding makes the length a multiple of `multiple` (tensor ranks cut it evenly).
 
     No samples make a batch of padding alone, which trains nothing: a rank that has no row left takes part with it.
+    along: more values of every token, an array a sample, [tokens, …].
     """
     lengths = [len(sample.input_ids) for sample in samples]
     padding = -sum(lengths) % multiple or (0 if samples else multiple)
@@ -68,7 +80,17 @@ def collate(samples: list[Sample], num_predictions: int, multiple: int, pad_id: 
         torch.from_numpy(labels.astype(np.int64)),
         torch.from_numpy(weights.astype(np.float32)),
         padding,
+        sequence=torch.from_numpy(np.repeat([*range(len(samples)), *([-1] if padding else [])], lengths)),
+        num_samples=len(samples),
+        along={name: _along(values, padding) for name, values in (along or {}).items()},
     )
+
+
+def _along(values: list[np.ndarray], padding: int) -> torch.Tensor:
+    """The samples' values end to end, each where the token it is of is predicted; 0 behind the last ones and in padding."""
+    moved = [np.concatenate([value[1:], np.zeros_like(value[:1])]) for value in values]
+    shape = values[0].shape[1:] if values else ()
+    return torch.from_numpy(np.concatenate([*moved, np.zeros((padding, *shape), values[0].dtype if values else np.float32)]))
 
 
 def _ahead(values: np.ndarray, count: int, fill) -> np.ndarray:

@@ -20,6 +20,11 @@ class Rows(Sequence):
         """One sample a row."""
         return cls(np.arange(count), np.arange(count + 1))
 
+    def of_groups(self, size: int) -> "Rows":
+        """The same rows where each of these samples stands for `size` that follow each other."""
+        members = self._members[:, None].astype(np.int64) * size + np.arange(size)
+        return Rows(members.reshape(-1), np.asarray(self._edges) * size)
+
     def __len__(self) -> int:
         return len(self._edges) - 1
 

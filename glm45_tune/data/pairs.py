@@ -74,9 +74,13 @@ class PairRenderer(ChatRenderer):
         return self._cut_alike(*both)
 
     def _cut_alike(self, chosen: Tokens, rejected: Tokens) -> tuple[list[Tokens], Counter]:
-        """Both within data.seq_length: the same oldest turns left out of both, then each cut at its end."""
-        limit, longest = self.options.seq_length, max(len(chosen.ids), len(rejected.ids))
-        self._check_length(longest)
+        """Both within data.seq_length together: the same oldest turns left out of both, then each cut at its end."""
+        limit, longest = self.options.seq_length // 2, max(len(chosen.ids), len(rejected.ids))
+        if longest > limit and self.options.overlong == "error":
+            raise DataError(
+                f"{longest} tokens of the longer answer and its prompt exceed half of data.seq_length {self.options.seq_length}: "
+                "a row holds both of a pair. Raise it, shorten the row, or say with data.overlong what should become of it"
+            )
         if longest <= limit:
             return [chosen, rejected], Counter()
         if self.options.overlong == "drop" or chosen.head >= limit:

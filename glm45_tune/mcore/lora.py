@@ -4,6 +4,7 @@ A fused linear (`linear_qkv`, `linear_fc1`) may carry one pair for all of it, me
 pair for each HF projection named (`q_proj`, `up_proj`), PEFT's way. Routed experts have one pair each.
 """
 
+import contextlib
 import math
 import zlib
 
@@ -54,6 +55,7 @@ class _Adapter(torch.nn.Module):
         self.pairs = torch.nn.ModuleDict(pairs)
         self.halves = halves
         self.scaling = config.scaling
+        self.enabled = True
         self.dropout = config.lora_dropout
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +169,19 @@ def _rows_of(module, projection: str, output_size: int) -> tuple[int, int, int, 
         first = {"q_proj": 0, "k_proj": queries, "v_proj": queries + head}[projection]
         return output_size // size, size, first, first + (queries if projection == "q_proj" else head)
     return None
+
+
+@contextlib.contextmanager
+def off(model):
+    """The model without its adapters: where they have not been trained yet, the same bits as with them."""
+    adapters = [module for module in model.modules() if isinstance(module, _Adapter)]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
 
 
 @torch.no_grad()

@@ -55,6 +55,8 @@ class ModelOptions:
     moe_z_loss_coeff: float = 0.0
     moe_router_bias_update_rate: float = 0.0
     deterministic: bool = False
+    temperature: float = 1.0
+    """Log-probabilities are those of logits / temperature."""
 
 
 def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -> TransformerConfig:
@@ -213,6 +215,7 @@ class GLM45Model(HybridModel):
         )
         self.spec = spec
         self.recomputes = options.recompute_granularity is not None
+        self.temperature = options.temperature
 
     def forward(
         self,
@@ -222,15 +225,17 @@ class GLM45Model(HybridModel):
         labels: torch.Tensor | None = None,
         num_padding: int = 0,
         share: Share | None = None,
+        cache=None,
     ) -> torch.Tensor:
         """tokens, positions: int64 [T]; bounds: document edges; labels: int64 [1 + MTP layers, T], what each should predict;
 
-        num_padding: tokens at the end that are no data; share: this context rank's part of the row (see `data/batch.py`).
+        num_padding: tokens at the end that are no data; share: this context rank's part of the row (see `data/batch.py`); cache:
+        of a model that writes, what stands before the tokens (`mcore/generate.py`).
         Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T]. Without labels: the logits
         [T, words of this tensor rank]. Other stages: hidden states for the next one.
         """
         rotary = rotary_table(positions, self.spec.kv_channels, self.spec.rotary_percent, self.spec.rotary_base)
-        row = PackedRow(bounds, tokens.device, share, labels)
+        row = PackedRow(bounds, tokens.device, share, labels, cache)
         padding = self._padding_mask(tokens, num_padding)
         hidden = None
         if self.pre_process:
@@ -244,6 +249,8 @@ class GLM45Model(HybridModel):
         )
         if not self.post_process:
             return hidden
+        if self.temperature != 1:
+            hidden = hidden / self.temperature
         if labels is None:
             return self.output_layer(hidden)[0].squeeze(1)
         depths = [hidden]

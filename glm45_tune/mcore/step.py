@@ -1,9 +1,10 @@
 """One optimizer step over the parallel model: build it, run it, read its numbers."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -28,12 +30,21 @@ from glm45_tune.mcore.model import ModelOptions
 from glm45_tune.mcore.optimizer import DTYPES
 from glm45_tune.recipe import Recipe
 
+Objective = Callable[[Batch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(micro batch, cross entropies [M, T]) → (this rank's part of the loss, numbers to be summed over micro batches and ranks).
+
+A name that begins with `max/` is of a number whose largest is wanted. On a pipeline's last stage; micro batches of all data and
+context ranks make up the loss together.
+"""
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: mean per prediction (the next token first, then MTP's); the same on every rank."""
+    """losses: mean per prediction (the next token first, then MTP's), of supervised training; the same on every rank."""
 
-    losses: list[float]
+    losses: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    """What the objective counted."""
     grad_norm: float = math.nan
     expert_load: float = math.nan
     """Tokens of the busiest expert over the mean, in the layer where that is largest."""
@@ -93,33 +104,96 @@ class Trainer:
         self._expert_load = math.nan
 
     def train(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float], lr: float) -> StepResult:
-        """Forward, backward and update. denominators: the global batch's total weight of each prediction."""
+        """A step of supervised training. denominators: the global batch's total weight of each prediction."""
+        result = self.update(batches, num_microbatches, partial(_weighted_mean, self._scales(denominators)), lr)
+        return replace(result, losses=_losses(result.sums, denominators))
+
+    def update(self, batches: Iterable[Batch], num_microbatches: int, objective: Objective, lr: float) -> StepResult:
+        """Forward, backward and update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for chunk in self._wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(batches, num_microbatches, denominators, forward_only=False)
+        sums = self._sum(self._run(batches, num_microbatches, objective, forward_only=False))
         grad_norm = optimizer.step(self.optimizer)
-        return StepResult(losses, grad_norm, self._expert_load, **self._router_losses(num_microbatches))
+        return StepResult([], sums, grad_norm, self._expert_load, **self._router_losses(num_microbatches))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float]) -> StepResult:
         """Losses alone; nothing is updated."""
+        result = self.measure(batches, num_microbatches, partial(_weighted_mean, self._scales(denominators)))
+        return replace(result, losses=_losses(result.sums, denominators))
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch], num_microbatches: int, objective: Objective) -> StepResult:
+        """What an objective counts; nothing is updated."""
         for chunk in self._wrapped:
             chunk.eval()
-        return StepResult(self._run(batches, num_microbatches, denominators, forward_only=True))
+        return StepResult([], self._sum(self._run(batches, num_microbatches, objective, forward_only=True)))
 
-    def _run(self, batches, num_microbatches: int, denominators: list[float], forward_only: bool) -> list[float]:
-        # a mean over the weights of the whole global batch: megatron divides by micro batches and data ranks, which cancels here
+    @torch.no_grad()
+    def log_probabilities(self, batches: list[Batch], with_adapter: bool = True) -> list[torch.Tensor]:
+        """Of each token of each batch given those before it, where it is predicted: float32 [T], whole rows, on the host.
+
+        Right on a pipeline's last stage, 0 on the others. with_adapter: False asks the model under the LoRA adapter.
+        """
+        for chunk in self._wrapped:
+            chunk.eval()
+        with contextlib.nullcontext() if with_adapter else lora.off(self.module):
+            reports = self._run(iter(batches), len(batches), _keep, forward_only=True)
+        found = [torch.zeros(len(batch.tokens)) for batch in batches]
+        for whole, report, batch in zip(found, reports, batches):
+            own, index = report["kept"].cpu(), torch.arange(len(batch.tokens))
+            if self._layout.context_parallel_size > 1:
+                index = torch.from_numpy(self._cut(batch).share.index)
+            whole[index[index >= 0]] = own[index >= 0]
+        if self._layout.context_parallel_size > 1:
+            for number, whole in enumerate(found):
+                whole = whole.to(runtime.device())
+                dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+                found[number] = whole.cpu()
+        return found
+
+    def over_row(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over this context rank's tokens → over the whole row's. The gradient stays with each rank's own part."""
+        if self._layout.context_parallel_size == 1:
+            return sums
+        return reduce_from_tensor_model_parallel_region(sums, group=parallel_state.get_context_parallel_group())
+
+    def for_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Values that every context rank has alike and uses for its own tokens: their gradients are summed."""
+        if self._layout.context_parallel_size == 1:
+            return values
+        return copy_to_tensor_model_parallel_region(values, group=parallel_state.get_context_parallel_group())
+
+    @property
+    def reports_row(self) -> bool:
+        """Whether this is the one of a row's context ranks that reports what is counted of whole rows."""
+        return parallel_state.get_context_parallel_rank() == 0
+
+    @property
+    def reports_sample(self) -> bool:
+        """Whether this is the one of a sample's ranks that reports what `log_probabilities` says of it."""
+        is_first = self.reports_row and parallel_state.get_tensor_model_parallel_rank() == 0
+        return is_first and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    def _scales(self, denominators: list[float]) -> torch.Tensor:
+        """What each prediction's weighted sum counts in the loss."""
         num_mtp = self.num_predictions - 1
         factors = [1.0] + num_mtp * [self.mtp_loss_scaling_factor / max(num_mtp, 1)]
+        return torch.tensor([f / max(d, 1e-30) for f, d in zip(factors, denominators)], device=runtime.device())
+
+    def _run(
+        self, batches, num_microbatches: int, objective: Objective, forward_only: bool
+    ) -> list[dict[str, torch.Tensor]]:
+        """The objective's numbers of each micro batch, on a pipeline's last stage."""
+        # the loss is a sum over the whole global batch: megatron divides by micro batches and data ranks, which cancels here
         parts = num_microbatches * parallel_state.get_data_parallel_world_size()
-        scale = torch.tensor([parts * f / max(d, 1e-30) for f, d in zip(factors, denominators)], device=runtime.device())
         iterators = itertools.tee(map(self._cut, batches), len(self._wrapped))  # each chunk walks the batches by itself
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, scale),
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, objective, parts),
             data_iterator=list(iterators),
             model=self._wrapped,
             num_microbatches=num_microbatches,
@@ -128,12 +202,29 @@ class Trainer:
             forward_only=forward_only,
             **self._pipeline,
         )
-        sums = torch.zeros(self.num_predictions, dtype=torch.float64, device=runtime.device())
-        for report in reports:
-            sums += report["sums"]
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())  # only the last stage has any
-        return [total / max(d, 1e-30) for total, d in zip(sums.tolist(), denominators)]
+
+    def _sum(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """The micro batches' numbers together, the same on every rank."""
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        names = [list(reports[0]) if reports else []]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:
+            dist.broadcast_object_list(names, src=last, group=group)
+        found = {}
+        for is_max, operation in ((False, dist.ReduceOp.SUM), (True, dist.ReduceOp.MAX)):
+            chosen = [name for name in names[0] if name.startswith("max/") == is_max]
+            if not chosen:
+                continue
+            numbers = torch.zeros(len(reports), len(chosen), dtype=torch.float64, device=runtime.device())
+            if not reports:
+                numbers = numbers.new_full((1, len(chosen)), -math.inf if is_max else 0)
+            for row, report in zip(numbers, reports):
+                row.copy_(torch.stack([report[name].double() for name in chosen]))
+            total = numbers.amax(0) if is_max else numbers.sum(0)
+            dist.all_reduce(total, operation, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            dist.all_reduce(total, operation, group=group)  # only the last stage has any
+            found |= dict(zip(chosen, total.tolist()))
+        return found
 
     def _cut(self, batch: Batch) -> Batch:
         """This context rank's part of a row."""
@@ -173,13 +264,26 @@ class Trainer:
         return {ours: float(found[theirs]) for ours, theirs in names.items()}
 
 
-def _forward_step(scale: torch.Tensor, batches, model):
+def _forward_step(objective: Objective, parts: int, batches, model):
     batch: Batch = next(batches).to(runtime.device())
     output = model(batch.tokens, batch.positions, batch.bounds, batch.labels, batch.num_padding, batch.share)
-    return output, partial(_loss, scale, batch.weights)
+    return output, partial(_loss, objective, parts, batch)
 
 
-def _loss(scale: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor):
-    """losses, weights [M, T] → (the scalar to differentiate, weighted sums for the report)."""
-    sums = (losses * weights).sum(dim=1)
-    return (sums * scale).sum(), {"sums": sums.detach().double()}
+def _loss(objective: Objective, parts: int, batch: Batch, losses: torch.Tensor):
+    loss, numbers = objective(batch, losses)
+    return loss * parts, numbers
+
+
+def _weighted_mean(scales: torch.Tensor, batch: Batch, losses: torch.Tensor):
+    """Supervised training: the weighted sum of each prediction's cross entropies, scaled to a mean."""
+    sums = (losses * batch.weights).sum(dim=1)
+    return (sums * scales).sum(), {str(number): value for number, value in enumerate(sums.detach())}
+
+
+def _losses(sums: dict[str, float], denominators: list[float]) -> list[float]:
+    return [sums[str(number)] / max(d, 1e-30) for number, d in enumerate(denominators)]
+
+
+def _keep(batch: Batch, losses: torch.Tensor):
+    return losses.sum(), {"kept": -losses[0]}

@@ -14,6 +14,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.training import run_directory, summary
 from glm45_tune.training.interruption import Interruption
 from glm45_tune.training.metrics import LiveLine, Metrics
+from glm45_tune.training.preference import Preference
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.saver import Saver
 from glm45_tune.training.sft import Supervised
@@ -39,6 +40,9 @@ class Method(Protocol):
         """Called once, after the last step."""
 
 
+METHODS = {"sft": Supervised, "preference": Preference}
+
+
 def run(job: Job) -> int:
     """Train, resuming from the run's last complete checkpoint. Called by every rank; only the first one writes.
 
@@ -49,7 +53,7 @@ def run(job: Job) -> int:
     if is_first:
         run_directory.start(job.recipe, job.source)
     trainer = Trainer(job.recipe, job.layout, job.source)
-    method: Method = Supervised(job, trainer)
+    method: Method = METHODS[job.recipe.kind](job, trainer)
     saver = Saver(job, trainer)
     step = _resume(saver, method)
     if is_first:

@@ -10,7 +10,7 @@ from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import Sample, load_tokenizer
 from glm45_tune.data.packing import BatchPlan, Rows, pack
-from glm45_tune.data.sources import Corpus, load_data
+from glm45_tune.data.sources import RENDERERS, Corpus, load_data
 from glm45_tune.data.stream import Stream, load_stream
 from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
@@ -90,7 +90,7 @@ def prepare(recipe: Recipe) -> Job:
         stream, held_out = load_stream(recipe.data, tokenizer, train.seed)
         corpus = stream.seen
     else:
-        corpus, held_out = load_data(recipe.data, tokenizer, train.seed)
+        corpus, held_out = load_data(recipe.data, tokenizer, train.seed, recipe.kind)
     rows = _rows(corpus, recipe)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
@@ -109,6 +109,7 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def _rows(corpus: Corpus, recipe: Recipe) -> Rows:
-    if not recipe.data.packing:
-        return Rows.single(len(corpus.samples))
-    return pack(corpus.lengths, recipe.data.seq_length)
+    size = RENDERERS[recipe.kind].per_row  # a pair's two lie in one row
+    lengths = corpus.lengths.reshape(-1, size).sum(axis=1)
+    rows = pack(lengths, recipe.data.seq_length) if recipe.data.packing else Rows.single(len(lengths))
+    return rows.of_groups(size)

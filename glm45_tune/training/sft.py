@@ -29,7 +29,7 @@ class Supervised:
         result = trainer.train(batches(job, trainer, microbatches), len(microbatches), denominators.tolist(), lr)
         tokens = sum(len(sample.input_ids) for sample in members)
         return {
-            **common_metrics(result, trainer),
+            **common_metrics(result, trainer, result.losses[0]),
             "train/learning_rate": lr,
             "train/tokens": tokens,
             "train/trained_tokens": float(denominators[0]),
@@ -74,10 +74,10 @@ def batches(job: Job, trainer: Trainer, microbatches: list[list[list[Sample]]]) 
         yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id)
 
 
-def common_metrics(result: StepResult, trainer: Trainer) -> dict[str, float]:
+def common_metrics(result: StepResult, trainer: Trainer, loss: float) -> dict[str, float]:
     """What every kind of training says of a step."""
     values = {
-        "train/loss": result.losses[0],
+        "train/loss": loss,
         "train/grad_norm": result.grad_norm,
         "moe/expert_load_max_over_mean": result.expert_load,
     }

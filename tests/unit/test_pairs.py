@@ -133,7 +133,7 @@ def test_an_overlong_pair_keeps_one_prompt_or_is_dropped(tokenizer, turns, sizes
     """Cut to fit, both sides still begin with the same tokens, and both train something; a dropped one is counted."""
     messages = [S] + [Q, A] * (turns - 1) + [Q]
     row = {"prompt": messages, "chosen": "x" * sizes[0], "rejected": "y" * sizes[1]}
-    rendering = PairRenderer(tokenizer, options(seq_length=limit, overlong=policy)).render(row, "x", 1)
+    rendering = PairRenderer(tokenizer, options(seq_length=2 * limit, overlong=policy)).render(row, "x", 1)
     whole = PairRenderer(tokenizer, options()).render(row, "x", 1).samples
     fits = max(len(sample.input_ids) for sample in whole) <= limit
     assert (not rendering.counts) == fits

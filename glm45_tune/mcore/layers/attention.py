@@ -121,6 +121,7 @@ class Attention(MegatronModule):
 
     def __init__(self, config, layer_number, pg_collection, name=None, **_):
         super().__init__(config)
+        self.layer_number = layer_number
         tp = pg_collection.tp.size()
         self.head_size = config.kv_channels
         self.num_groups = config.num_query_groups // tp
@@ -160,7 +161,9 @@ class Attention(MegatronModule):
             query = rotate(self.q_layernorm(query), rotary_pos_emb)
             key = rotate(self.k_layernorm(key), rotary_pos_emb)
         attend = partial(packed_attention, row=packed_seq_params)
-        if packed_seq_params.share is not None:
+        if packed_seq_params.cache is not None:
+            attend = partial(packed_seq_params.cache.attend, self.layer_number)
+        elif packed_seq_params.share is not None:
             attend = partial(context_attention, share=packed_seq_params.share)
         if self.recompute and self.training:
             context = checkpoint(attend, False, query, key, value)
@@ -177,18 +180,23 @@ class PackedRow(PackedSeqParams):
     """megatron's packed parameters with the document edges on the host too, so that no layer waits for the device.
 
     share: this context rank's part of the row, None where a rank has all of it; ahead: int64 [1 + MTP layers, T], the tokens
-    1, 2, … places on from each position.
+    1, 2, … places on from each position; cache: of a model that writes, the keys and values of what stands before.
     """
 
     def __init__(
-        self, bounds: list[int], device: torch.device, share: Share | None = None, ahead: torch.Tensor | None = None
+        self,
+        bounds: list[int],
+        device: torch.device,
+        share: Share | None = None,
+        ahead: torch.Tensor | None = None,
+        cache=None,
     ):
         edges = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
         longest = int(np.diff(bounds).max())
         super().__init__(
             qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest
         )
-        self.bounds, self.share, self.ahead = bounds, share, ahead
+        self.bounds, self.share, self.ahead, self.cache = bounds, share, ahead, cache
 
     @functools.cached_property
     def cudnn(self) -> dict:

@@ -217,7 +217,7 @@ class GroupedLinear(torch.nn.Module):
 
     def factors(self):
         """(lora_A, lora_B) or (None, None), and (scaling, dropout)."""
-        if self.adapter is None:
+        if self.adapter is None or not self.adapter.enabled:
             return (None, None), None
         return self.adapter.factors(), (self.adapter.scaling, self.adapter.dropout if self.training else 0.0)
 

@@ -51,6 +51,8 @@ class _WithAdapter:
     def with_lora(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, 1, in] as this rank's weight takes it → [T, 1, out] before any sum over ranks."""
         adapter = self.adapter
+        if not adapter.enabled:  # the base's product as it is made below
+            return F.linear(x.flatten(0, 1), self.weight, self.bias).unsqueeze(1)
         dropout = adapter.dropout if self.training else 0.0
         output = _LoraLinear.apply(x.flatten(0, 1), self.weight, self.bias, *adapter.factors(), adapter.scaling, dropout)
         return output.unsqueeze(1)

@@ -5,6 +5,8 @@ tensor and context rank to hold equally many tokens, all of them data; ours diff
 and by documents whose length context ranks do not divide.
 """
 
+from collections import deque
+
 import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -42,6 +44,42 @@ class _Gate(torch.autograd.Function):
         return x_out, None if x is None else (gradient.t() @ x.float()).to(weight.dtype)
 
 
+class Replay:
+    """What a router is asked about its choice of experts (megatron's RouterReplay interface): to remember it, or to take another's.
+
+    One object is for one pass over micro batches. target: int [T, K], −1 where no choice is known and the router's own stands. Under recompute a layer runs first without
+    gradient, then again with it when its micro batch's turn comes: the second time takes the oldest target not yet used again.
+    """
+
+    def __init__(self):
+        self.recorded: torch.Tensor | None = None
+        self.agreed = self.asked = 0
+        self.with_gradient = True
+        self._targets: deque[torch.Tensor] = deque()
+        self._runs_twice = False
+
+    def expect(self, target: torch.Tensor) -> None:
+        """The choice of the micro batch that comes next."""
+        if not self._runs_twice:
+            self._targets.clear()
+        self._targets.append(target)
+
+    def get_replay_topk(self, scores, topk, num_groups, group_topk, compute):
+        values, own = compute(scores, topk, num_groups, group_topk)
+        self.recorded = own
+        if not self._targets:
+            return values, own
+        is_first = not self.with_gradient
+        self._runs_twice |= is_first
+        target = self._targets[-1] if is_first or not self._runs_twice else self._targets.popleft()
+        known = target >= 0
+        chosen = torch.where(known, target, own)
+        if is_first or not self._runs_twice:
+            shared = (chosen.unsqueeze(2) == own.unsqueeze(1)).any(2) & known
+            self.agreed, self.asked = self.agreed + shared.sum(), self.asked + known.sum()
+        return scores.gather(1, chosen), chosen
+
+
 class Router(TopKRouter):
     """forward: [T, 1, hidden] → (probs fp32 [T, K], experts int64 [T, K]) instead of two [T, E] tables.
 
@@ -55,17 +93,21 @@ class Router(TopKRouter):
         config = self.config
         padding = None if padding_mask is None else padding_mask.flatten()
         logits = self.apply_z_loss(logits.flatten(0, -2), padding)
-        probs, experts = topk_routing_with_score_function(
-            logits,
-            self.topk,
-            num_groups=config.moe_router_num_groups,
-            group_topk=config.moe_router_group_topk,
-            scaling_factor=config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
-            expert_bias=self.expert_bias,
-            router_replay=self.router_replay,
-            dense_output=True,
-        )
+        # megatron leaves a token's experts unsorted where no gradient is asked for: their sum would have other bits then
+        if self.router_replay is not None:
+            self.router_replay.with_gradient = torch.is_grad_enabled()
+        with torch.enable_grad():
+            probs, experts = topk_routing_with_score_function(
+                logits,
+                self.topk,
+                num_groups=config.moe_router_num_groups,
+                group_topk=config.moe_router_group_topk,
+                scaling_factor=config.moe_router_topk_scaling_factor,
+                score_function=self.score_function,
+                expert_bias=self.expert_bias,
+                router_replay=self.router_replay,
+                dense_output=True,
+            )
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             chosen, scores = compute_routing_scores_for_aux_loss(
                 logits, self.topk, self.score_function, padding_mask=padding

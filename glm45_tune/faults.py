@@ -1,0 +1,59 @@
+"""A recipe's text: `key=value` put into it, and what is wrong with it in words."""
+
+import difflib
+
+import yaml
+from pydantic import BaseModel
+
+from glm45_tune.errors import RecipeError
+
+
+def override(document: dict, text: str) -> None:
+    """Put `a.b=value` into a recipe's document. Raises RecipeError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{text!r}: an override is key=value, such as optimizer.lr=5e-5.")
+    *sections, last = key.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise RecipeError(f"{text!r}: {section} is {document!r}, not a section.")
+    try:
+        document[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
+
+
+def explain(fault: dict, recipe: type[BaseModel]) -> str:
+    """One fault that pydantic found, as a sentence: where, what came, what is allowed."""
+    location = [
+        part
+        for part in fault["loc"]
+        if part not in ("str", "SourceConfig") and not str(part).startswith(("list[", "function-"))
+    ]
+    where = ".".join(map(str, location))
+    if fault["type"] == "extra_forbidden":
+        allowed = _keys_at(recipe, tuple(part for part in location[:-1] if isinstance(part, str)))
+        near = difflib.get_close_matches(str(location[-1]), allowed, 1, 0.5)
+        front = ".".join(map(str, location[:-1]))
+        hint = f"Did you mean {f'{front}.' if front else ''}{near[0]}?" if near else f"Allowed: {', '.join(allowed)}."
+        return f"{where}: unknown key. {hint}"
+    if fault["type"] == "missing":
+        return f"{where}: missing."
+    message = fault["msg"].removeprefix("Value error, ")
+    came = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
+    return f"{where}: {message}{came}." if where else f"{message}{came}."
+
+
+def _keys_at(model: type[BaseModel], location: tuple[str, ...]) -> list[str]:
+    for part in location:
+        model = _section_in(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_in(annotation) -> type[BaseModel]:
+    """The section inside an annotation such as `LoraConfig | None` or `str | list[str | SourceConfig]`."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    found = (_section_in(inner) for inner in getattr(annotation, "__args__", ()) if inner is not type(None))
+    return next((section for section in found if section is not None), None)

@@ -1,0 +1,169 @@
+"""The recipe's sections for what is not supervised fine-tuning: preference pairs, and rewards for the model's own answers."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from glm45_tune.section import NotNegative, Positive, PositiveFloat, Section
+
+FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+"""What module:function looks like."""
+
+
+class PreferenceConfig(Section):
+    loss: Literal["sigmoid", "ipo", "kto"] = "sigmoid"
+    """sigmoid: DPO (arXiv:2305.18290); ipo: arXiv:2310.12036; kto: arXiv:2402.01306, chosen answers being the desirable ones."""
+    beta: PositiveFloat = 0.1
+    """How much the policy is held to the reference."""
+    length_normalised: bool = False
+    """Mean log-probability of an answer's tokens instead of their sum, so that long answers count as short ones do."""
+    sft_weight: NotNegative = 0.0
+    """Weight of the chosen answers' cross entropy beside the loss (arXiv:2404.19733)."""
+    desirable_weight: NotNegative = 1.0
+    """Of kto: weight of the chosen answers."""
+    undesirable_weight: NotNegative = 1.0
+    """Of kto: weight of the rejected answers."""
+    reference: Literal["adapter_off", "precomputed"] = "adapter_off"
+    """adapter_off: the model without its LoRA adapter, run forward beside every step. precomputed: once, before the first step."""
+
+    @model_validator(mode="after")
+    def _kto_asks_for_more(self):
+        if self.loss == "kto" and self.reference == "precomputed":
+            raise ValueError(
+                "kto measures how far the policy is from the reference on answers mixed anew each step: adapter_off"
+            )
+        return self
+
+
+class RewardConfig(Section):
+    function: str
+    """exact_match, regex, math, json_schema, format, length, or module:function, a Python function of (prompt, completion, columns)."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    options: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+    @field_validator("function")
+    @classmethod
+    def _known(cls, value):
+        if value not in BUILT_IN and not re.fullmatch(FUNCTION, value):
+            raise ValueError(f"is neither module:function nor one of {', '.join(BUILT_IN)}")
+        return value
+
+
+BUILT_IN = ("exact_match", "regex", "math", "json_schema", "format", "length")
+
+
+class EngineConfig(Section):
+    kind: Literal["local", "vllm", "sglang"] = "local"
+    """local: the training ranks themselves; vllm, sglang: servers spoken to over HTTP."""
+    urls: list[str] = []
+    """Servers that run already, such as http://10.0.0.7:8000. Empty: one is started from `command`."""
+    command: list[str] = []
+    """How a server of ours is started: {model} and {port} are filled in."""
+    sync: Literal["lora", "directory"] = "directory"
+    """How servers get new weights: lora loads the adapter at run time; directory writes merged weights, which the server reads
+
+    again, or is started anew with where that gives other log-probabilities than the trainer's.
+    """
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest wait for an answer, after which the server counts as hung."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a request that failed is sent again, to another server where there is one."""
+    start_seconds: PositiveFloat = 600.0
+    """Longest wait for a server to start."""
+
+    @model_validator(mode="after")
+    def _reachable(self):
+        if self.kind == "local" and (self.urls or self.command):
+            raise ValueError("engine local runs in the training ranks; leave urls and command out")
+        if self.kind != "local" and bool(self.urls) == bool(self.command):
+            raise ValueError(f"engine {self.kind} needs either urls of running servers or a command that starts one")
+        return self
+
+
+class RLConfig(Section):
+    """A step is a rollout of train.global_batch_size prompts, group_size answers each, and the updates made from it."""
+
+    rewards: Annotated[list[RewardConfig], Field(min_length=1)]
+    """An answer's reward is the weighted sum of these."""
+    reward_timeout_seconds: PositiveFloat = 10.0
+    """Longest time for one answer's reward."""
+    on_reward_error: Literal["mask", "stop"] = "mask"
+    """An answer whose reward raised, hung or was no number: leave it out of its group and of training, or stop. Both are counted."""
+    engine: EngineConfig = EngineConfig()
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt."""
+    max_new_tokens: Positive = 1024
+    temperature: PositiveFloat = 1.0
+    """Of sampling; the trainer's log-probabilities are taken at the same temperature."""
+    tools: str | None = None
+    """module:function of (messages, columns) that answers an assistant turn with messages, or with nothing to end: turns with tools."""
+    max_turns: Positive = 1
+    """Assistant turns of an answer."""
+    advantage: Literal["group", "centred", "leave_one_out"] = "group"
+    """(reward − mean) / deviation of the group (GRPO); reward − mean (Dr.GRPO); reward − mean of the others (RLOO)."""
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """The ratio to the old policy, of a token (grpo) or of a sequence (gspo, arXiv:2507.18071), clipped; or a clipped weight (cispo,
+
+    arXiv:2506.13585).
+    """
+    loss_average: Literal["sequence", "token", "constant"] = "sequence"
+    """Mean over answers of the mean over their tokens (GRPO); mean over all tokens (DAPO); sum over answers' length limit (Dr.GRPO)."""
+    epsilon: NotNegative = 0.2
+    """Lowest ratio is 1 − epsilon."""
+    epsilon_high: NotNegative | None = None
+    """Highest ratio is 1 + epsilon_high; null: epsilon. DAPO has 0.28."""
+    kl_estimator: Literal["none", "k1", "k2", "k3"] = "none"
+    """Of the distance to the base model: k1 is taken off the reward, token by token, k2 and k3 are added to the loss."""
+    kl_coef: NotNegative = 0.0
+    importance_sampling: Literal["none", "token", "sequence"] = "token"
+    """Weigh by trainer's over engine's probability, of a token or of a sequence, at most importance_cap (truncated)."""
+    importance_cap: PositiveFloat = 2.0
+    updates_per_rollout: Positive = 1
+    """Optimizer steps of a rollout, each on its share of the answers."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal by other prompts' (DAPO), at most max_refills times a step."""
+    max_refills: Positive = 3
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """Tokens before max_new_tokens over which an answer's reward falls by overlong_penalty (DAPO)."""
+    overlong_penalty: NotNegative = 1.0
+    mask_truncated: bool = False
+    """Answers cut at max_new_tokens train nothing."""
+    router_replay: Literal["none", "engine", "trainer"] = "none"
+    """Experts of an update: chosen anew; those the engine chose; those the trainer chose when it took the old log-probabilities."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """Updates that a rollout's weights may be behind: 1 makes the next rollout while this one trains."""
+
+    @property
+    def highest(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @field_validator("tools")
+    @classmethod
+    def _function(cls, value):
+        if value is not None and not re.fullmatch(FUNCTION, value):
+            raise ValueError("is no module:function")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.kl_estimator == "none") != (self.kl_coef == 0):
+            raise ValueError("kl_estimator and kl_coef go together: give both or neither")
+        if self.overlong_buffer >= self.max_new_tokens:
+            raise ValueError(f"overlong_buffer {self.overlong_buffer} is not below max_new_tokens {self.max_new_tokens}")
+        if self.max_turns > 1 and self.tools is None:
+            raise ValueError("max_turns above 1 needs tools, the function that answers the turns")
+        return self
+
+
+def check_objective(recipe) -> None:
+    """Raise ValueError where a recipe's sections do not go with what it trains for."""
+    if recipe.kind != "sft" and (recipe.data.streaming or recipe.model.mtp_loss_scaling_factor):
+        what = "data.streaming" if recipe.data.streaming else "model.mtp_loss_scaling_factor"
+        raise ValueError(f"{what} goes with supervised training alone; leave it out beside {recipe.kind}")
+    if recipe.preference and recipe.preference.reference == "adapter_off" and recipe.lora is None:
+        raise ValueError(
+            "preference.reference adapter_off is the model without its adapter, and there is no lora section; set it to "
+            "precomputed"
+        )

@@ -1,0 +1,146 @@
+"""What an answer is worth. A reward is a Python function (prompt, completion, columns, **options) → number.
+
+prompt and completion are text, completion without the token that ended it; columns is the row the prompt came from, as it was
+read. `async def` functions run side by side; a function with the attribute `batched = True` gets lists of all three and returns
+a list. Whatever a function does wrong is counted by kind, and the answer then has no reward rather than a wrong one.
+"""
+
+import importlib
+import inspect
+import json
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from glm45_tune.errors import RecipeError
+from glm45_tune.objectives import RewardConfig
+
+THOUGHT_ENDS = "</think>"
+
+
+def spoken(completion: str) -> str:
+    """The answer behind its thought."""
+    return completion.rpartition(THOUGHT_ENDS)[2].strip()
+
+
+def thought(completion: str) -> str:
+    """The text of the answer's thought, empty where it has none."""
+    before, ends, _ = completion.rpartition(THOUGHT_ENDS)
+    return before.rpartition("<think>")[2].strip() if ends else ""
+
+
+def exact_match(prompt: str, completion: str, columns: dict, column: str = "solution") -> float:
+    """1 where the answer is the column's text."""
+    return float(spoken(completion) == str(columns[column]).strip())
+
+
+def regex(prompt: str, completion: str, columns: dict, pattern: str, whole: bool = False) -> float:
+    """1 where the pattern is found in the answer, or with `whole` is all of it."""
+    find = re.fullmatch if whole else re.search
+    return float(bool(find(pattern, spoken(completion), re.DOTALL)))
+
+
+def math(prompt: str, completion: str, columns: dict, column: str = "solution") -> float:
+    """1 where math-verify finds the answer equal to the column's: numbers, fractions, intervals, sets, equations, LaTeX or plain."""
+    import math_verify
+
+    wanted = str(columns[column])
+    # a bare "1/2" or "\frac12" is mathematics only between dollars; "8" is so by itself
+    gold = math_verify.parse(wanted, parsing_timeout=None) or math_verify.parse(f"${wanted}$", parsing_timeout=None)
+    if not gold:
+        raise ValueError(f"{column} {wanted!r} is no mathematics that math-verify can read")
+    said = math_verify.parse(spoken(completion), parsing_timeout=None)
+    return float(math_verify.verify(gold, said, timeout_seconds=None))
+
+
+def json_schema(prompt: str, completion: str, columns: dict, schema: dict | None = None, column: str = "schema") -> float:
+    """1 where the answer is JSON (alone or in a fenced block) that fits the schema, given here or in the row."""
+    import jsonschema
+
+    said = spoken(completion)
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", said, re.DOTALL)
+    try:
+        document = json.loads(fenced[1] if fenced else said)
+    except ValueError:
+        return 0.0
+    return float(jsonschema.Draft202012Validator(columns[column] if schema is None else schema).is_valid(document))
+
+
+def format(prompt: str, completion: str, columns: dict, thinks: bool = True) -> float:
+    """1 where the answer has a thought and text behind it, or with `thinks: false` text alone."""
+    marks = completion.count("<think>"), completion.count(THOUGHT_ENDS)
+    well_formed = marks in ((0, 0), (1, 1)) or (marks == (0, 1) and "<think>" in prompt.rpartition("<|assistant|>")[2])
+    return float(well_formed and bool(thought(completion)) == thinks and bool(spoken(completion)))
+
+
+def length(prompt: str, completion: str, columns: dict, target: int, tolerance: int = 0) -> float:
+    """1 up to `tolerance` characters from `target`, falling to 0 at twice or none of it."""
+    off = max(abs(len(spoken(completion)) - target) - tolerance, 0)
+    return max(0.0, 1 - off / target)
+
+
+FUNCTIONS = {function.__name__: function for function in (exact_match, regex, math, json_schema, format, length)}
+_LIBRARIES = {"math": "math_verify", "json_schema": "jsonschema"}
+
+
+def load(name: str):
+    """A built-in function, or module:function imported, with what it imports. Raises ImportError, AttributeError."""
+    if name not in FUNCTIONS:
+        module, _, attribute = name.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if name in _LIBRARIES:
+        importlib.import_module(_LIBRARIES[name])
+    return FUNCTIONS[name]
+
+
+def check_rewards(rewards: list[RewardConfig]) -> None:
+    """Raise RecipeError where a built-in reward is given options that it does not take, or lacks one, or its library."""
+    for number, reward in enumerate(rewards):
+        where = f"rl.rewards[{number}] ({reward.function})"
+        if reward.function not in FUNCTIONS:
+            continue
+        try:
+            inspect.signature(FUNCTIONS[reward.function]).bind("", "", {}, **reward.options)
+        except TypeError as error:
+            raise RecipeError(f"{where}: options: {error}.") from None
+        try:
+            load(reward.function)
+        except ImportError as error:
+            raise RecipeError(f"{where}: needs {error.name}: pip install {error.name.replace('_', '-')}.") from None
+
+
+@dataclass
+class Scores:
+    """Of N answers. rewards float64 [N]: the weighted sums, NaN where a part is missing; parts: each function's own values;
+
+    errors: how often which function failed in what way; messages: the first of each.
+    """
+
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray]
+    errors: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+
+
+def score(
+    configs: list[RewardConfig], workers: list, prompts: list[str], completions: list[str], columns: list[dict]
+) -> Scores:
+    """The rewards of answers, each function in its worker (`sandbox.Worker`, one for each config)."""
+    total = np.zeros(len(prompts))
+    found = Scores(total, {})
+    for config, worker in zip(configs, workers, strict=True):
+        values = np.full(len(prompts), np.nan)
+        for index, (value, fault, message) in enumerate(worker.evaluate(prompts, completions, columns)):
+            if fault is None:
+                values[index] = value
+            else:
+                kind = f"{config.function}: {fault}"
+                found.errors[kind] = found.errors.get(kind, 0) + 1
+                found.messages.setdefault(kind, message)
+        name = config.function
+        while name in found.parts:
+            name += "'"
+        found.parts[name] = values
+        total += config.weight * values
+    return found

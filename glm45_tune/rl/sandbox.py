@@ -1,0 +1,184 @@
+"""A reward function in a process of its own: it may raise, hang, print, exit or eat memory, and training goes on.
+
+The process has its own empty working directory, a limit on memory, and no environment but what Python needs. It is no wall
+against malice: it runs as the same user with the same network. Parent and child speak JSON, a line a message.
+"""
+
+import asyncio
+import inspect
+import json
+import math
+import os
+import resource
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+
+from glm45_tune.objectives import RewardConfig
+from glm45_tune.rl import rewards
+
+MEMORY_GIB = 8
+START_SECONDS = 60
+Result = tuple[float | None, str | None, str]
+"""(value, None, ""), or (None, kind of fault, what was said)."""
+
+
+class Worker:
+    """One function and its process, started when it is first needed and again when it had to be ended."""
+
+    def __init__(self, config: RewardConfig, timeout_seconds: float):
+        self._config, self._timeout = config, timeout_seconds
+        self._process: subprocess.Popen | None = None
+
+    def evaluate(self, prompts: list[str], completions: list[str], columns: list[dict]) -> list[Result]:
+        """One result for each answer. An answer that hangs costs its timeout; those behind it are asked of a new process."""
+        items = list(zip(prompts, completions, columns))
+        results: list[Result] = []
+        while len(results) < len(items):
+            try:
+                fault = self._start() or self._ask(items[len(results) :], results)
+            except BrokenPipeError:
+                fault = ("died", "its process ended while it was spoken to")
+            if fault is not None:
+                self.close()
+                kind, message = fault
+                # a function of all answers at once has no first one that is at fault; one that does not start has none either
+                failed = 1 if self._one_by_one and kind != "cannot start" else len(items) - len(results)
+                results += [(None, kind, message)] * failed
+        return results
+
+    def _start(self) -> tuple[str, str] | None:
+        """Start the process if it does not run. Returns why it could not."""
+        if self._process is not None and self._process.poll() is None:
+            return None
+        self._one_by_one = True
+        self._home = tempfile.TemporaryDirectory(prefix="glm45_tune_reward_")
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
+        path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "glm45_tune.rl.sandbox", self._config.model_dump_json(), str(self._timeout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**kept, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+            cwd=self._home.name,
+        )
+        self._buffer = b""
+        hello = self._read(START_SECONDS)
+        if hello is None:
+            return ("cannot start", f"no word from its process within {START_SECONDS} s")
+        if "error" in hello:
+            return ("cannot start", hello["error"])
+        self._one_by_one = hello["one_by_one"]
+        return None
+
+    def _ask(self, items: list, results: list[Result]) -> tuple[str, str] | None:
+        """Append a result for each item as it comes. Returns what went wrong with the first one without."""
+        self._process.stdin.write(json.dumps(items).encode() + b"\n")
+        self._process.stdin.flush()
+        wanted = len(results) + len(items)
+        while len(results) < wanted:
+            answer = self._read(self._timeout + 1)  # the child ends an async function itself, just before
+            if answer is None:
+                died = self._process.poll() is not None
+                return ("died", "its process ended") if died else ("timeout", f"took longer than {self._timeout} s")
+            results += [tuple(result) for result in answer["results"]]
+        return None
+
+    def _read(self, seconds: float) -> dict | None:
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                part = os.read(self._process.stdout.fileno(), 1 << 20)
+                if not part:
+                    self._process.wait()
+                    return None
+                self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
+            self._home.cleanup()
+
+
+def _checked(value) -> Result:
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return None, "no number", f"returned {value!r}"
+    return (value, None, "") if math.isfinite(value) else (None, "not finite", f"returned {value}")
+
+
+def _raised(error: BaseException) -> Result:
+    return None, "raised", f"{type(error).__name__}: {error}"
+
+
+async def _together(function, items: list, options: dict, seconds: float) -> list[Result]:
+    """An async function of every item at once, each within its time."""
+
+    async def one(item) -> Result:
+        try:
+            return _checked(await asyncio.wait_for(function(*item, **options), seconds))
+        except TimeoutError:
+            return None, "timeout", f"took longer than {seconds} s"
+        except Exception as error:
+            return _raised(error)
+
+    return list(await asyncio.gather(*map(one, items)))
+
+
+def _batch(function, items: list, options: dict) -> list[Result]:
+    try:
+        values = list(function(*map(list, zip(*items)), **options))
+    except Exception as error:
+        return [_raised(error)] * len(items)
+    if len(values) != len(items):
+        return [(None, "wrong count", f"returned {len(values)} rewards for {len(items)} answers")] * len(items)
+    return [_checked(value) for value in values]
+
+
+def main(config: RewardConfig, seconds: float) -> None:
+    """The child: says whether it is ready, then answers lines of items with lines of results."""
+    speak = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the function prints goes nowhere
+
+    def say(message: dict) -> None:
+        speak.write(json.dumps(message) + "\n")
+        speak.flush()
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
+    try:
+        function = rewards.load(config.function)
+    except Exception as error:
+        say({"error": f"{config.function}: {type(error).__name__}: {error}"})
+        return
+    batched, is_async = getattr(function, "batched", False), inspect.iscoroutinefunction(function)
+    say({"one_by_one": not (batched or is_async)})
+    for line in sys.stdin:
+        items = json.loads(line)
+        if is_async:
+            say({"results": asyncio.run(_together(function, items, config.options, seconds))})
+        elif batched:
+            say({"results": _batch(function, items, config.options)})
+        else:
+            for item in items:
+                try:
+                    result = _checked(function(*item, **config.options))
+                except Exception as error:
+                    result = _raised(error)
+                say({"results": [result]})
+
+
+if __name__ == "__main__":
+    main(RewardConfig.model_validate_json(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,210 @@
+"""Preference tuning: of two answers to one prompt the chosen one becomes likelier, measured against what the model was."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from glm45_tune.data.batch import Batch
+from glm45_tune.data.chat import Sample
+from glm45_tune.data.packing import BatchPlan, Rows
+from glm45_tune.data.pairs import Pairs
+from glm45_tune.mcore import runtime
+from glm45_tune.mcore.step import Trainer
+from glm45_tune.rl.losses import sum_by_sequence
+from glm45_tune.rl.preference import kto_losses, pair_losses
+from glm45_tune.training.prepare import Job
+from glm45_tune.training.schedule import learning_rate_of
+from glm45_tune.training.sft import batches, common_metrics
+
+REFERENCE_FILE = "reference_logprobs.npz"
+
+
+class Preference:
+    """DPO, IPO and KTO. A `Method`, see loop.py. A row's samples are pairs end to end, each the chosen answer first."""
+
+    def __init__(self, job: Job, trainer: Trainer):
+        self._job, self._trainer, self._options = job, trainer, job.recipe.preference
+        self._reference = None
+        if self._options.reference == "precomputed":
+            self._reference = self._precomputed()
+
+    def train_step(self, step: int) -> dict[str, float]:
+        job, trainer = self._job, self._trainer
+        runtime.seed_all(job.recipe.train.seed + step)
+        rows = job.rows_of_step(step)
+        members = [sample for row in rows for sample in row]
+        lr = learning_rate_of(job.recipe, step, job.num_steps)
+        chosen = self._with_reference(job.plan.share(rows, trainer.data_parallel_rank))
+        objective = partial(self._objective, len(members) // 2, self._divergence(members))
+        result = trainer.update(chosen, len(chosen), objective, lr)
+        tokens = sum(len(sample.input_ids) for sample in members)
+        return {
+            **common_metrics(result, trainer, result.sums["loss"]),
+            "train/learning_rate": lr,
+            "train/tokens": tokens,
+            "train/trained_tokens": float(sum(sample.loss_mask.sum() for sample in members)),
+            "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
+            **self._metrics(result.sums, len(members) // 2),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        job = self._job
+        if not job.eval_rows:
+            return {}
+        rows, plan = _all_rows(job, job.held_out.samples, job.eval_rows)
+        members = [sample for row in rows for sample in row]
+        chosen = self._with_reference(plan.share(rows, self._trainer.data_parallel_rank))
+        objective = partial(self._objective, len(members) // 2, self._divergence(members))
+        sums = self._trainer.measure(chosen, len(chosen), objective).sums
+        metrics = self._metrics(sums, len(members) // 2)
+        return {"eval/loss": sums["loss"]} | {f"eval/{name.partition('/')[2]}": value for name, value in metrics.items()}
+
+    @property
+    def state(self) -> dict:
+        return {}
+
+    def resume(self, state: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _objective(self, num_pairs: int, divergence: float, batch: Batch, losses: torch.Tensor):
+        """The loss is a mean over the pairs of the whole step; micro batches hold whole pairs."""
+        options, count, across = self._options, batch.num_samples, self._trainer.over_row
+        weights = batch.weights[0]
+        lengths = sum_by_sequence(weights, batch.sequence, count, across)
+        policy = sum_by_sequence(-losses[0] * weights, batch.sequence, count, across)
+        reference = sum_by_sequence(batch.along["reference"] * weights, batch.sequence, count, across)
+        cross_entropy = -(policy / lengths.clamp(min=1e-30))[0::2]
+        if options.length_normalised:
+            policy, reference = policy / lengths.clamp(min=1e-30), reference / lengths.clamp(min=1e-30)
+        if options.loss == "kto":
+            is_chosen = torch.arange(count, device=policy.device) % 2 == 0
+            at = policy.new_tensor(divergence)
+            shares = (options.desirable_weight, options.undesirable_weight)
+            each = kto_losses(policy, reference, is_chosen, at, options.beta, shares) / 2
+        else:
+            sides = (values[side::2] for values in (policy, reference) for side in (0, 1))
+            each = pair_losses(*sides, options.loss, options.beta)
+        loss = (each.sum() + options.sft_weight * cross_entropy.sum()) / num_pairs
+        gain = (options.beta * (policy - reference)).detach()
+        numbers = {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach().sum(),
+            "chosen_reward": gain[0::2].sum(),
+            "rejected_reward": gain[1::2].sum(),
+            "accuracy": (gain[0::2] > gain[1::2]).sum(),
+            "chosen_logprob": policy.detach()[0::2].sum(),
+            "rejected_logprob": policy.detach()[1::2].sum(),
+        }
+        return loss, {name: value * self._trainer.reports_row for name, value in numbers.items()}
+
+    def _metrics(self, sums: dict[str, float], num_pairs: int) -> dict[str, float]:
+        means = {name: total / num_pairs for name, total in sums.items() if name != "loss"}
+        if not self._options.sft_weight:
+            del means["cross_entropy"]
+        means["margin"] = means["chosen_reward"] - means["rejected_reward"]
+        return {f"preference/{name}": value for name, value in means.items()}
+
+    def _with_reference(self, microbatches: list[list[list[Sample]]]) -> list[Batch]:
+        """The micro batches with what the reference thought of their tokens."""
+        plain = list(batches(self._job, self._trainer, microbatches))
+        if self._reference is None:
+            found = self._trainer.log_probabilities(plain, with_adapter=False)
+        else:
+            members = ([sample for row in rows for sample in row] for rows in microbatches)
+            found = [self._known(batch, samples) for batch, samples in zip(plain, members)]
+        return [replace(batch, along={"reference": values}) for batch, values in zip(plain, found)]
+
+    def _divergence(self, members: list[Sample]) -> float:
+        """KTO's reference point: how much likelier than the reference the policy finds answers to other prompts, at least 0."""
+        if self._options.loss != "kto" or len(members) < 4:
+            return 0.0
+        job = self._job
+        mixed = _mixed(members, job.recipe.data.seq_length)
+        size = job.layout.data_parallel_size * job.layout.microbatch_multiple
+        plan = BatchPlan(len(mixed), -(-len(mixed) // size) * size, 1, job.layout.data_parallel_size, 0)
+        chosen = self._with_reference(plan.share([[sample] for sample in mixed], self._trainer.data_parallel_rank))
+        sums = self._trainer.measure(chosen, len(chosen), self._log_ratio).sums
+        return max(sums["log_ratio"] / len(mixed), 0.0)
+
+    def _log_ratio(self, batch: Batch, losses: torch.Tensor):
+        across, weights = self._trainer.over_row, batch.weights[0]
+        gap = (-losses[0] - batch.along["reference"]) * weights
+        gaps = sum_by_sequence(gap, batch.sequence, batch.num_samples, across)
+        if self._options.length_normalised:
+            gaps = gaps / sum_by_sequence(weights, batch.sequence, batch.num_samples, across).clamp(min=1e-30)
+        return gaps.sum(), {"log_ratio": gaps.sum() * self._trainer.reports_row}
+
+    def _precomputed(self) -> dict[tuple[str, int], np.ndarray]:
+        """(file, line) of a pair → float32 [2], the log-probabilities of its answers before the first step: measured once, kept
+
+        with the run.
+        """
+        job, path = self._job, self._job.run / REFERENCE_FILE
+        if not path.is_file():
+            sides = [self._measured(job.train.samples, job.train_rows), self._measured(job.held_out.samples, job.eval_rows)]
+            if dist.get_rank() == 0:
+                staging = path.with_suffix(".partial.npz")
+                np.savez(staging, train=sides[0], held_out=sides[1])
+                staging.replace(path)
+            dist.barrier()
+        kept = np.load(path)
+        found = {}
+        for name, corpus in (("train", job.train), ("held_out", job.held_out)):
+            for pair, values in zip(Pairs(corpus.samples) if len(corpus.samples) else (), kept[name].reshape(-1, 2)):
+                found[pair.chosen.source, pair.chosen.line] = values
+        return found
+
+    def _measured(self, samples: Sequence[Sample], rows: Rows) -> np.ndarray:
+        """The weighted log-probability of every sample, float64 [samples]."""
+        found = np.zeros(len(samples))
+        if not len(samples):
+            return found
+        trainer, job = self._trainer, self._job
+        whole, plan = _all_rows(job, samples, rows)
+        own = plan.share(whole, trainer.data_parallel_rank)
+        numbers = plan.share([rows[row] for row in plan.rows_of_step(0)], trainer.data_parallel_rank)
+        plain = list(batches(job, trainer, own))
+        for batch, chosen, logps in zip(plain, numbers, trainer.log_probabilities(plain)):
+            members = [number for row in chosen for number in row]
+            if trainer.reports_sample:
+                found[members] = sum_by_sequence(logps * batch.weights[0], batch.sequence, batch.num_samples).double()
+        total = torch.from_numpy(found).to(runtime.device())
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def _known(self, batch: Batch, members: list[Sample]) -> torch.Tensor:
+        """Values [T] whose weighted sum over an answer is its precomputed log-probability."""
+        sums = torch.zeros(batch.num_samples)
+        for number, sample in enumerate(members):
+            sums[number] = float(self._reference[sample.source, sample.line][number % 2])
+        means = sums / sum_by_sequence(batch.weights[0], batch.sequence, batch.num_samples).clamp(min=1e-30)
+        return torch.where(batch.sequence >= 0, means[batch.sequence.clamp(min=0)] if members else 0.0, 0.0)
+
+
+def _all_rows(job: Job, samples: Sequence[Sample], rows: Rows) -> tuple[list[list[Sample]], BatchPlan]:
+    """Every row once, and the plan by which ranks share them."""
+    size = job.recipe.train.micro_batch_size * job.layout.data_parallel_size * job.layout.microbatch_multiple
+    count = math.ceil(len(rows) / size) * size
+    plan = BatchPlan(len(rows), count, job.recipe.train.micro_batch_size, job.layout.data_parallel_size, 0)
+    return [[samples[index] for index in rows[row]] for row in plan.rows_of_step(0)], plan
+
+
+def _mixed(members: list[Sample], longest: int) -> list[Sample]:
+    """Each pair's prompt with the next pair's chosen answer."""
+    pairs = Pairs(members)
+    found = []
+    for number in range(len(pairs)):
+        pair, other = pairs[number], pairs[(number + 1) % len(pairs)]
+        answer = other.chosen.input_ids[other.prompt :]
+        ids = np.concatenate([pair.chosen.input_ids[: pair.prompt], answer])[:longest]
+        mask = np.concatenate([np.zeros(pair.prompt, np.float32), other.chosen.loss_mask[other.prompt :]])[:longest]
+        found.append(Sample(ids, mask, pair.chosen.source, pair.chosen.line))
+    return found
