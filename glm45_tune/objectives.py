@@ -72,6 +72,8 @@ class EngineConfig(Section):
     """How often a request that failed is sent again, to another server where there is one."""
     start_seconds: PositiveFloat = 600.0
     """Longest wait for a server to start."""
+    concurrency: Positive = 64
+    """Answers under way at a time: on a rank (local), or at a server."""
 
     @model_validator(mode="after")
     def _reachable(self):
@@ -132,8 +134,6 @@ class RLConfig(Section):
     """Answers cut at max_new_tokens train nothing."""
     router_replay: Literal["none", "engine", "trainer"] = "none"
     """Experts of an update: chosen anew; those the engine chose; those the trainer chose when it took the old log-probabilities."""
-    staleness: Annotated[int, Field(ge=0)] = 0
-    """Updates that a rollout's weights may be behind: 1 makes the next rollout while this one trains."""
 
     @property
     def highest(self) -> float:
@@ -162,8 +162,34 @@ def check_objective(recipe) -> None:
     if recipe.kind != "sft" and (recipe.data.streaming or recipe.model.mtp_loss_scaling_factor):
         what = "data.streaming" if recipe.data.streaming else "model.mtp_loss_scaling_factor"
         raise ValueError(f"{what} goes with supervised training alone; leave it out beside {recipe.kind}")
+    if recipe.preference and recipe.rl:
+        raise ValueError("preference and rl are both given; give one")
+    if recipe.rl:
+        _check_rl(recipe)
     if recipe.preference and recipe.preference.reference == "adapter_off" and recipe.lora is None:
         raise ValueError(
             "preference.reference adapter_off is the model without its adapter, and there is no lora section; set it to "
             "precomputed"
+        )
+
+
+def _check_rl(recipe) -> None:
+    rl, parallel = recipe.rl, recipe.parallel
+    if rl.kl_coef and recipe.lora is None:
+        raise ValueError("rl.kl_coef needs lora: the distance is to the model without its adapter")
+    if recipe.lora and recipe.lora.lora_dropout:
+        raise ValueError("lora.lora_dropout draws another policy for every update; set it to 0 beside rl")
+    if rl.max_new_tokens >= recipe.data.seq_length:
+        raise ValueError(
+            f"rl.max_new_tokens {rl.max_new_tokens} leaves no room for a prompt in data.seq_length {recipe.data.seq_length}"
+        )
+    if rl.engine.kind == "local" and parallel.pipeline_model_parallel_size * parallel.context_parallel_size > 1:
+        raise ValueError(
+            "rl.engine local writes in the training ranks, which pipeline and context ranks cannot: set "
+            "pipeline_model_parallel_size and context_parallel_size to 1, or serve the model (engine vllm or sglang)"
+        )
+    if recipe.train.global_batch_size % rl.updates_per_rollout:
+        raise ValueError(
+            f"rl.updates_per_rollout {rl.updates_per_rollout} does not divide the {recipe.train.global_batch_size} prompts of a step "
+            "(train.global_batch_size)"
         )

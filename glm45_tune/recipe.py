@@ -15,7 +15,7 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator, mode
 from glm45_tune.errors import RecipeError
 from glm45_tune.faults import explain, override
 from glm45_tune.layout import Layout
-from glm45_tune.objectives import PreferenceConfig, check_objective
+from glm45_tune.objectives import PreferenceConfig, RLConfig, check_objective
 from glm45_tune.section import Dtype, NotNegative, Positive, Section
 
 # the linears LoRA can sit on, megatron's name → the HF projections fused in it
@@ -270,6 +270,8 @@ class Recipe(Section):
     """Absent: every weight is trained."""
     preference: PreferenceConfig | None = None
     """Given: the data are pairs, of which the chosen answer is made likelier than the rejected one."""
+    rl: RLConfig | None = None
+    """Given: the data are prompts, and the model learns from what its own answers are worth."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
@@ -284,7 +286,7 @@ class Recipe(Section):
     @property
     def kind(self) -> str:
         """What the data are for."""
-        return "preference" if self.preference else "sft"
+        return "preference" if self.preference else "rl" if self.rl else "sft"
 
     @model_validator(mode="after")
     def _objective_fits(self):

@@ -17,7 +17,8 @@ class Batch:
     m-th prediction should be; weights float32 [M, T]: how much it counts; num_padding: tokens at the end that are no data;
     share: where the row is cut over context ranks, which part of it this is (bounds then are the edges of its pieces).
     sequence int64 [T]: which sample each token belongs to, −1 padding. along: what else goes with the tokens, each [T, …], at
-    the position that predicts the token it is of.
+    the position that predicts the token it is of. routes: for each of this rank's routers, by layer number, the experts its part
+    of the row is to go to, int [its tokens, K], −1 where the router chooses; None: it chooses all.
     """
 
     tokens: torch.Tensor
@@ -30,6 +31,7 @@ class Batch:
     sequence: torch.Tensor | None = None
     num_samples: int = 0
     along: dict[str, torch.Tensor] = field(default_factory=dict)
+    routes: dict[int, torch.Tensor] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         names = ("tokens", "positions", "labels", "weights", "sequence")
@@ -54,6 +56,7 @@ class Batch:
             self.sequence[index].masked_fill(is_padding, -1),
             self.num_samples,
             {name: values[index] for name, values in self.along.items()},
+            self.routes,
         )
 
 

@@ -195,7 +195,7 @@ class Writer:
         logits = gather_from_tensor_model_parallel_region(logits, group=self._tp).float()
         if not self._records:
             return logits, []
-        layers = torch.stack([router.router_replay.recorded for router in self._routers], dim=1)
+        layers = torch.stack([router.router_replay.history.pop() for router in self._routers], dim=1)
         if self._tp.size() > 1:
             layers = gather_from_sequence_parallel_region(layers, group=self._tp)
         return logits, layers.cpu().numpy().astype(np.int16)

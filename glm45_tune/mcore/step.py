@@ -15,7 +15,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.router import TopKRouter
 
 from glm45_tune.conversion.patterns import frozen
 from glm45_tune.conversion.tensors import HfReader
@@ -25,6 +24,7 @@ from glm45_tune.layout import Layout
 from glm45_tune.mcore import chunks, lora, optimizer, runtime
 from glm45_tune.mcore.freeze import freeze
 from glm45_tune.mcore.interleaved import TwoWayCommunicator
+from glm45_tune.mcore.layers.router import Replay, Router
 from glm45_tune.mcore.load import load_weights
 from glm45_tune.mcore.model import ModelOptions
 from glm45_tune.mcore.optimizer import DTYPES
@@ -69,6 +69,7 @@ def model_options(recipe: Recipe) -> ModelOptions:
         moe_z_loss_coeff=recipe.model.moe_z_loss_coeff,
         moe_router_bias_update_rate=recipe.model.moe_router_bias_update_rate,
         deterministic=train.deterministic,
+        temperature=recipe.rl.temperature if recipe.rl else 1.0,
     )
 
 
@@ -89,6 +90,7 @@ class Trainer:
         # context ranks pad their own parts of a row
         self.pad_multiple = 1 if layout.context_parallel_size > 1 else layout.tensor_model_parallel_size
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.is_lora = recipe.lora is not None
         self.has_aux_loss = recipe.model.moe_aux_loss_coeff > 0
         self.has_z_loss = recipe.model.moe_z_loss_coeff > 0
@@ -100,7 +102,7 @@ class Trainer:
         self._wrapped = optimizer.wrap(self.module, recipe.optimizer)
         self.optimizer = optimizer.build(recipe, self._wrapped)
         self.config.finalize_model_grads_func = self._finalize
-        self._routers = [m for m in self.module.modules() if isinstance(m, TopKRouter)]
+        self._routers = [[m for m in chunk.modules() if isinstance(m, Router)] for chunk in self._wrapped]
         self._expert_load = math.nan
 
     def train(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float], lr: float) -> StepResult:
@@ -109,7 +111,7 @@ class Trainer:
         return replace(result, losses=_losses(result.sums, denominators))
 
     def update(self, batches: Iterable[Batch], num_microbatches: int, objective: Objective, lr: float) -> StepResult:
-        """Forward, backward and update."""
+        """Forward, backward and update. Where batches have routes, they are taken, and `sums` say how many the routers agree with."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for chunk in self._wrapped:
@@ -118,7 +120,8 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = self._sum(self._run(batches, num_microbatches, objective, forward_only=False))
         grad_norm = optimizer.step(self.optimizer)
-        return StepResult([], sums, grad_norm, self._expert_load, **self._router_losses(num_microbatches))
+        agreement = self._agreement()
+        return StepResult([], sums | agreement, grad_norm, self._expert_load, **self._router_losses(num_microbatches))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float]) -> StepResult:
@@ -143,6 +146,10 @@ class Trainer:
             chunk.eval()
         with contextlib.nullcontext() if with_adapter else lora.off(self.module):
             reports = self._run(iter(batches), len(batches), _keep, forward_only=True)
+        self._last_routes = [
+            {router.layer_number: router.router_replay.history[number] for chunk in self._routers for router in chunk}
+            for number in range(len(batches))
+        ]
         found = [torch.zeros(len(batch.tokens)) for batch in batches]
         for whole, report, batch in zip(found, reports, batches):
             own, index = report["kept"].cpu(), torch.arange(len(batch.tokens))
@@ -154,6 +161,12 @@ class Trainer:
                 whole = whole.to(runtime.device())
                 dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
                 found[number] = whole.cpu()
+        return found
+
+    def gather(self, value) -> list:
+        """The objects of all data-parallel ranks, in their order."""
+        found = [None] * self.data_parallel_size
+        dist.all_gather_object(found, value, group=parallel_state.get_data_parallel_group())
         return found
 
     def over_row(self, sums: torch.Tensor) -> torch.Tensor:
@@ -179,6 +192,31 @@ class Trainer:
         is_first = self.reports_row and parallel_state.get_tensor_model_parallel_rank() == 0
         return is_first and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
+    def routes_taken(self) -> list[dict[int, torch.Tensor]]:
+        """For each batch of the last `log_probabilities` the experts that this rank's routers sent its tokens to, see `Batch.routes`."""
+        return self._last_routes
+
+    def routes_of(self, batch: Batch, experts: torch.Tensor) -> dict[int, torch.Tensor]:
+        """experts int [T, MoE layers, K] of the whole row → `Batch.routes` of this rank's part."""
+        if self._layout.context_parallel_size > 1:
+            index = torch.from_numpy(self._cut(batch).share.index)
+            experts = experts[index.clamp(min=0)].masked_fill((index < 0)[:, None, None], -1)
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        own = experts.chunk(tensor.size())[tensor.rank()].long().to(runtime.device())
+        dense = self.module.spec.num_dense_layers  # a GPT layer is two of megatron's, numbered from 1
+        return {r.layer_number: own[:, r.layer_number // 2 - 1 - dense] for chunk in self._routers for r in chunk}
+
+    def _agreement(self) -> dict[str, float]:
+        """How many of the experts that routers were told they would have chosen, over all ranks."""
+        replays = [router.router_replay for chunk in self._routers for router in chunk]
+        counts = torch.tensor(
+            [float(sum(replay.agreed for replay in replays)), float(sum(replay.asked for replay in replays))],
+            dtype=torch.float64,
+            device=runtime.device(),
+        )
+        dist.all_reduce(counts)
+        return dict(zip(("routes_agreed", "routes_told"), counts.tolist()))
+
     def _scales(self, denominators: list[float]) -> torch.Tensor:
         """What each prediction's weighted sum counts in the loss."""
         num_mtp = self.num_predictions - 1
@@ -191,9 +229,12 @@ class Trainer:
         """The objective's numbers of each micro batch, on a pipeline's last stage."""
         # the loss is a sum over the whole global batch: megatron divides by micro batches and data ranks, which cancels here
         parts = num_microbatches * parallel_state.get_data_parallel_world_size()
+        for router in itertools.chain(*self._routers):
+            router.router_replay = Replay()
+        routers = {id(chunk): found for chunk, found in zip(self._wrapped, self._routers)}
         iterators = itertools.tee(map(self._cut, batches), len(self._wrapped))  # each chunk walks the batches by itself
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, objective, parts),
+            forward_step_func=partial(_forward_step, objective, parts, routers),
             data_iterator=list(iterators),
             model=self._wrapped,
             num_microbatches=num_microbatches,
@@ -240,8 +281,8 @@ class Trainer:
 
     def _measure_expert_load(self) -> float:
         worst = torch.zeros((), device=runtime.device())
-        if self._routers:
-            counts = torch.stack([router.local_tokens_per_expert for router in self._routers])
+        if any(self._routers):
+            counts = torch.stack([router.local_tokens_per_expert for chunk in self._routers for router in chunk])
             dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
             worst = (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
@@ -264,8 +305,11 @@ class Trainer:
         return {ours: float(found[theirs]) for ours, theirs in names.items()}
 
 
-def _forward_step(objective: Objective, parts: int, batches, model):
+def _forward_step(objective: Objective, parts: int, routers: dict[int, list[Router]], batches, model):
     batch: Batch = next(batches).to(runtime.device())
+    if batch.routes is not None:
+        for router in routers[id(model)]:
+            router.router_replay.expect(batch.routes[router.layer_number])
     output = model(batch.tokens, batch.positions, batch.bounds, batch.labels, batch.num_padding, batch.share)
     return output, partial(_loss, objective, parts, batch)
 

@@ -14,6 +14,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.training import run_directory, summary
 from glm45_tune.training.interruption import Interruption
 from glm45_tune.training.metrics import LiveLine, Metrics
+from glm45_tune.training.policy import PolicyGradient
 from glm45_tune.training.preference import Preference
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.saver import Saver
@@ -40,7 +41,7 @@ class Method(Protocol):
         """Called once, after the last step."""
 
 
-METHODS = {"sft": Supervised, "preference": Preference}
+METHODS = {"sft": Supervised, "preference": Preference, "rl": PolicyGradient}
 
 
 def run(job: Job) -> int:

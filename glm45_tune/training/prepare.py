@@ -15,6 +15,7 @@ from glm45_tune.data.stream import Stream, load_stream
 from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
+from glm45_tune.rl.rewards import check_rewards
 from glm45_tune.training import run_directory
 from glm45_tune.training.metrics import check_trackers
 
@@ -35,6 +36,7 @@ class Job:
     num_steps: int
     stream: Stream | None
     """Where the training rows come from under data.streaming; `train` then only counts."""
+    tokenizer: object
 
     @property
     def run(self) -> Path:
@@ -69,19 +71,10 @@ def prepare(recipe: Recipe) -> Job:
             f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
         )
     train = recipe.train
-    share = train.micro_batch_size * layout.data_parallel_size
-    if train.global_batch_size % share:
-        raise RecipeError(
-            f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
-            f"{train.micro_batch_size} × {layout.data_parallel_size} data-parallel ranks = {share}."
-        )
-    if (microbatches := train.global_batch_size // share) % layout.microbatch_multiple:
-        raise RecipeError(
-            f"train.global_batch_size {train.global_batch_size} makes {microbatches} micro batches a step; interleaved pipeline "
-            f"stages (virtual_pipeline_model_parallel_size {layout.virtual_pipeline_model_parallel_size}) need a multiple of "
-            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
-            f"{share * layout.microbatch_multiple}."
-        )
+    if recipe.rl:
+        check_rewards(recipe.rl.rewards)
+    else:
+        _check_batch(recipe, layout)
     frozen(source.spec, train.freeze, with_mtp=recipe.model.mtp_loss_scaling_factor > 0)
     run_directory.check(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
@@ -105,11 +98,31 @@ def prepare(recipe: Recipe) -> Job:
         plan,
         train.steps or train.epochs * plan.steps_per_epoch,
         stream,
+        tokenizer,
     )
+
+
+def _check_batch(recipe: Recipe, layout: Layout) -> None:
+    """Raise RecipeError unless the rows of a step make whole micro batches. (Reinforcement learning's batch is prompts.)"""
+    train = recipe.train
+    share = train.micro_batch_size * layout.data_parallel_size
+    if train.global_batch_size % share:
+        raise RecipeError(
+            f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
+            f"{train.micro_batch_size} × {layout.data_parallel_size} data-parallel ranks = {share}."
+        )
+    if (microbatches := train.global_batch_size // share) % layout.microbatch_multiple:
+        raise RecipeError(
+            f"train.global_batch_size {train.global_batch_size} makes {microbatches} micro batches a step; interleaved pipeline "
+            f"stages (virtual_pipeline_model_parallel_size {layout.virtual_pipeline_model_parallel_size}) need a multiple of "
+            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
+            f"{share * layout.microbatch_multiple}."
+        )
 
 
 def _rows(corpus: Corpus, recipe: Recipe) -> Rows:
     size = RENDERERS[recipe.kind].per_row  # a pair's two lie in one row
     lengths = corpus.lengths.reshape(-1, size).sum(axis=1)
-    rows = pack(lengths, recipe.data.seq_length) if recipe.data.packing else Rows.single(len(lengths))
+    is_packed = recipe.data.packing and not recipe.rl  # prompts are chosen one by one; it is their answers that are packed
+    rows = pack(lengths, recipe.data.seq_length) if is_packed else Rows.single(len(lengths))
     return rows.of_groups(size)

@@ -78,7 +78,7 @@ def test_the_experts_of_what_is_written_are_recorded_and_can_be_taken_again(mode
         router.router_replay = Replay()
     try:
         plain = read(model, ids)
-        chosen = torch.stack([router.router_replay.recorded for router in routers], 1)
+        chosen = torch.stack([router.router_replay.history[0] for router in routers], 1)
         recorded = torch.from_numpy(answer.experts).long()
         assert torch.equal(recorded.sort(2)[0], chosen[:-1].sort(2)[0])
         for taken in (chosen, (chosen + 1) % model.spec.num_moe_experts, torch.full_like(chosen, -1)):

@@ -52,7 +52,8 @@ class Replay:
     """
 
     def __init__(self):
-        self.recorded: torch.Tensor | None = None
+        self.history: list[torch.Tensor] = []
+        """What was chosen, micro batch by micro batch, of a pass without gradient."""
         self.agreed = self.asked = 0
         self.with_gradient = True
         self._targets: deque[torch.Tensor] = deque()
@@ -66,8 +67,8 @@ class Replay:
 
     def get_replay_topk(self, scores, topk, num_groups, group_topk, compute):
         values, own = compute(scores, topk, num_groups, group_topk)
-        self.recorded = own
         if not self._targets:
+            self._remember(own)
             return values, own
         is_first = not self.with_gradient
         self._runs_twice |= is_first
@@ -77,7 +78,12 @@ class Replay:
         if is_first or not self._runs_twice:
             shared = (chosen.unsqueeze(2) == own.unsqueeze(1)).any(2) & known
             self.agreed, self.asked = self.agreed + shared.sum(), self.asked + known.sum()
+        self._remember(chosen)
         return scores.gather(1, chosen), chosen
+
+    def _remember(self, chosen: torch.Tensor) -> None:
+        if not self.with_gradient:
+            self.history.append(chosen)
 
 
 class Router(TopKRouter):

@@ -1,0 +1,246 @@
+"""A rollout: the next prompts, a group of answers to each, what each answer is worth, and what it was worth beside its group."""
+
+import importlib
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from glm45_tune.data.chat import Sample
+from glm45_tune.errors import DataError, UserError
+from glm45_tune.rl.advantages import advantages, equal_groups, overlong_penalties
+from glm45_tune.rl.engine import Completion, Request
+from glm45_tune.rl.rewards import Scores, score
+from glm45_tune.rl.sandbox import Worker
+from glm45_tune.training.engines import Engine, on_first
+from glm45_tune.training.prepare import Job
+
+
+@dataclass
+class Answer:
+    """An answer with its prompt: token ids, which of them the model wrote, and what the engine thought of each."""
+
+    sample: Sample
+    group: int
+    token_ids: list[int]
+    written: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    experts: np.ndarray | None = None
+    finish: str = ""
+    version: int = 0
+    reward: float = np.nan
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model wrote."""
+        return sum(self.written)
+
+    def extend(self, completion: Completion) -> None:
+        self._add(completion.token_ids, True, completion.logprobs)
+        self.finish, self.version = completion.finish, completion.version
+        self.experts = completion.experts  # of everything so far: the engine read it all
+
+    def hear(self, token_ids: list[int]) -> None:
+        """Tokens that are not the model's: a tool's answer."""
+        self._add(token_ids, False, [0.0] * len(token_ids))
+
+    def _add(self, token_ids: list[int], is_written: bool, logprobs: list[float]) -> None:
+        self.token_ids = self.token_ids + token_ids
+        self.written += [is_written] * len(token_ids)
+        self.logprobs += logprobs
+
+    def __post_init__(self):
+        self.written = [False] * len(self.token_ids)
+        self.logprobs = [0.0] * len(self.token_ids)
+
+
+@dataclass
+class Rollout:
+    """The answers of a step, the same on every rank; metrics: means and counts to be reported."""
+
+    answers: list[Answer]
+    metrics: dict[str, float]
+
+
+class Prompts:
+    """The order of prompts over a whole run, a function of the seed: each epoch is shuffled anew. `taken` is all that resume needs."""
+
+    def __init__(self, job: Job):
+        self._samples, self._seed, self.taken = job.train.samples, job.recipe.train.seed, 0
+
+    def take(self, count: int) -> list[Sample]:
+        found = []
+        for _ in range(count):
+            epoch, place = divmod(self.taken, len(self._samples))
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._samples))
+            found.append(self._samples[int(order[place])])
+            self.taken += 1
+        return found
+
+
+class Roller:
+    """Makes rollouts with an engine. Every method is called by all ranks together."""
+
+    def __init__(self, job: Job, engine: Engine):
+        self._job, self._rl, self._engine = job, job.recipe.rl, engine
+        self.prompts = Prompts(job)
+        self._workers = [Worker(reward, self._rl.reward_timeout_seconds) for reward in self._rl.rewards]
+        self._tools = _function(self._rl.tools) if self._rl.tools else None
+        for sample in job.train.samples:
+            if len(sample.input_ids) >= job.recipe.data.seq_length:
+                raise DataError(
+                    f"{sample.source}:{sample.line}: a prompt of {len(sample.input_ids)} tokens leaves no room for an answer in "
+                    f"data.seq_length {job.recipe.data.seq_length}. Raise it or shorten the prompt."
+                )
+
+    def roll(self, step: int) -> Rollout:
+        """The step's answers with their rewards and advantages."""
+        rl, wanted = self._rl, self._job.recipe.train.global_batch_size
+        kept: list[Answer] = []
+        seen, counts, parts = [], Counter(), {}
+        for attempt in range(rl.max_refills + 1 if rl.dynamic_sampling else 1):
+            missing = wanted - len(kept) // rl.group_size
+            if not missing:
+                break
+            number = self._job.recipe.train.seed * 1_000_003 + step * 101 + attempt
+            answers = self._ask(self.prompts.take(missing), number)
+            self._judge(answers, counts, parts)
+            equal = equal_groups(np.array([a.reward for a in answers]), np.array([a.group for a in answers]))
+            counts["equal"] += int(equal.sum())
+            seen += answers
+            kept += [a for a, same in zip(answers, equal) if not (rl.dynamic_sampling and same)]
+        for number, answer in enumerate(kept):
+            answer.group = number // rl.group_size
+        worth = advantages(np.array([a.reward for a in kept]), np.array([a.group for a in kept]), rl.advantage)
+        for answer, value in zip(kept, worth):
+            answer.advantage = float(value)
+        return Rollout(kept, self._metrics(seen, kept, counts, parts))
+
+    def _ask(self, samples: list[Sample], seed: int) -> list[Answer]:
+        """A group of answers to each prompt, turn by turn."""
+        rl, limit = self._rl, self._job.recipe.data.seq_length
+        answers = [
+            Answer(sample, group, sample.input_ids.tolist())
+            for group, sample in enumerate(samples)
+            for _ in range(rl.group_size)
+        ]
+        under_way = answers
+        for turn in range(rl.max_turns):
+            room = [min(rl.max_new_tokens - a.length, limit - len(a.token_ids)) for a in under_way]
+            under_way = [answer for answer, left in zip(under_way, room) if left > 0]
+            requests = [Request(answer.token_ids, left) for answer, left in zip(under_way, filter(lambda n: n > 0, room))]
+            if not requests:
+                break
+            for answer, completion in zip(under_way, self._engine.generate(requests, seed * 17 + turn), strict=True):
+                answer.extend(completion)
+            under_way = [answer for answer in under_way if answer.finish == "stop"]
+            if turn + 1 < rl.max_turns:
+                heard = on_first(lambda: [self._hear(answer) for answer in under_way])
+                heard = [ids if len(a.token_ids) + len(ids) < limit else [] for a, ids in zip(under_way, heard)]
+                for answer, token_ids in zip(under_way, heard):
+                    answer.hear(token_ids)
+                under_way = [answer for answer, token_ids in zip(under_way, heard) if token_ids]
+        return answers
+
+    def _hear(self, answer: Answer) -> list[int]:
+        """What the tools say to an answer's last turn, as the tokens that follow it in the conversation; nothing ends it."""
+        messages = self._tools(self.text(answer, whole=True), answer.sample.row)
+        if not messages:
+            return []
+        tokenizer = self._job.tokenizer
+        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        start = tokenizer.apply_chat_template(before, tokenize=False)
+        whole = tokenizer.apply_chat_template(before + messages, tokenize=False, add_generation_prompt=True)
+        if not whole.startswith(start):
+            raise UserError(f"{self._rl.tools}: the template cannot render {messages} behind an answer.")
+        token_ids = tokenizer.encode(whole[len(start) :], add_special_tokens=False)
+        return (
+            token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
+        )  # the model wrote the role token itself
+
+    def text(self, answer: Answer, whole: bool = False) -> str:
+        """What the model wrote (whole: and what it heard), without the token that ended it."""
+        first = len(answer.sample.input_ids)
+        token_ids = answer.token_ids[first : -1 if answer.finish == "stop" else None]
+        written = answer.written[first:]
+        kept = token_ids if whole else [token for token, mine in zip(token_ids, written) if mine]
+        return self._job.tokenizer.decode(kept, skip_special_tokens=False)
+
+    def _judge(self, answers: list[Answer], counts: Counter, parts: dict[str, list]) -> None:
+        """Give every answer its reward, or none where it was aborted or a reward failed."""
+        rl = self._rl
+        scores: Scores = on_first(lambda: self._score(answers))
+        lengths = np.array([answer.length for answer in answers])
+        rewards = scores.rewards + overlong_penalties(lengths, rl.max_new_tokens, rl.overlong_buffer, rl.overlong_penalty)
+        for answer, reward in zip(answers, rewards):
+            answer.reward = float("nan") if answer.finish in ("aborted", "") else float(reward)
+        for name, values in scores.parts.items():
+            parts.setdefault(name, []).extend(values)
+        counts.update({f"error {kind}": number for kind, number in scores.errors.items()})
+        if scores.errors and rl.on_reward_error == "stop":
+            kind, message = next(iter(scores.messages.items()))
+            raise UserError(f"rl.rewards: {kind} for {scores.errors[kind]} of {len(answers)} answers: {message}")
+        if scores.errors and self._is_first:
+            for kind, message in scores.messages.items():
+                print(f"reward {kind} ({scores.errors[kind]} of {len(answers)} answers): {message}", file=sys.stderr)
+
+    def _score(self, answers: list[Answer]) -> Scores:
+        tokenizer = self._job.tokenizer
+        prompts = [tokenizer.decode(answer.sample.input_ids, skip_special_tokens=False) for answer in answers]
+        columns = [answer.sample.row for answer in answers]
+        return score(self._rl.rewards, self._workers, prompts, [self.text(answer) for answer in answers], columns)
+
+    @property
+    def _is_first(self) -> bool:
+        return os.environ.get("RANK", "0") == "0"
+
+    def _metrics(self, seen: list[Answer], kept: list[Answer], counts: Counter, parts: dict[str, list]) -> dict[str, float]:
+        lengths = np.array([answer.length for answer in seen])
+        rewards = np.array([answer.reward for answer in seen])
+        finishes = Counter(answer.finish for answer in seen)
+        means = {f"rl/reward/{name}": np.array(values, float) for name, values in parts.items()}
+        values = {
+            "rl/reward_mean": _mean(rewards),
+            **{name: _mean(values) for name, values in means.items()},
+            "rl/answers": len(seen),
+            "rl/response_tokens_mean": float(lengths.mean()),
+            "rl/response_tokens_max": float(lengths.max()),
+            "rl/truncated_share": finishes["length"] / len(seen),
+            "rl/aborted": finishes["aborted"],
+            "rl/without_reward": int(np.isnan(rewards).sum()),
+            "rl/equal_groups_share": counts["equal"] / len(seen),
+        }
+        values |= {f"rl/reward_errors/{kind.removeprefix('error ')}": n for kind, n in counts.items() if kind != "equal"}
+        if self._rl.dynamic_sampling:
+            values["rl/kept_share"] = len(kept) / len(seen)
+        return values
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _function(name: str):
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"rl.tools {name}: no such Python function: {error}.") from error
+
+
+def as_line(step: int, answer: Answer, text: str, prompt: str) -> str:
+    """An answer for samples.jsonl."""
+    facts = {"step": step, "prompt": prompt, "completion": text, "reward": answer.reward, "advantage": answer.advantage}
+    facts["reward"] = None if np.isnan(answer.reward) else answer.reward
+    return json.dumps(facts | {"finish": answer.finish, "version": answer.version}, ensure_ascii=False) + "\n"

@@ -1,0 +1,213 @@
+"""The loop of reinforcement learning with the local engine: exact first updates, resume, bad rewards, refills, tools, replay."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from glm45_tune.errors import DataError, RecipeError, UserError
+from glm45_tune.recipe import Recipe
+from glm45_tune.rl.losses import answer_weights
+from glm45_tune.training import loop
+from glm45_tune.training.policy import PolicyGradient
+from glm45_tune.training.prepare import prepare
+
+LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
+REWARDS = """
+import asyncio
+
+def evens(prompt, completion, columns):
+    "Worth more the more even its characters: something that every answer of a random model has in some measure."
+    return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)
+
+def same(prompt, completion, columns):
+    return 1.0
+
+def sometimes(prompt, completion, columns):
+    if len(completion) % 2: raise ValueError("an odd answer")
+    return evens(prompt, completion, columns)
+
+def oddly(prompt, completion, columns):
+    return float(columns["number"] % 2) * evens(prompt, completion, columns)
+
+def tools(completion, columns):
+    return [{"role": "tool", "content": "21 度"}] if "度" not in completion else None
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with prompts of different lengths and a module of rewards."""
+    directory = tmp_path_factory.mktemp("rl")
+    rows = [{"prompt": f"第{n}个问题。" + "Tell me. " * (n % 4), "number": n} for n in range(10)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (directory / "loop_rewards.py").write_text(REWARDS)
+    return directory
+
+
+@pytest.fixture
+def make(checkpoints, place, make_recipe, tmp_path, monkeypatch):
+    """A checked job of a small recipe; sections are merged over it."""
+    monkeypatch.chdir(place)
+
+    def job(name="run", model="air", **sections):
+        recipe = make_recipe(checkpoints[model], place / "prompts.jsonl", tmp_path / name, **LORA)
+        recipe |= {"rl": {"rewards": [{"function": "loop_rewards:evens"}], "group_size": 4, "max_new_tokens": 12}}
+        for section, values in sections.items():
+            recipe[section] = values if values is None else recipe[section] | values
+        recipe["data"] |= {"format": "rl"}
+        return prepare(Recipe.from_dict(recipe))
+
+    return job
+
+
+def run(job) -> list[dict]:
+    loop.run(job)
+    return [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "model, rl",
+    [
+        ("air", {"kl_estimator": "k3", "kl_coef": 0.1, "router_replay": "trainer"}),
+        ("355b", {"loss": "gspo", "loss_average": "token", "temperature": 0.7, "router_replay": "engine"}),
+        ("air", {"loss": "cispo", "kl_estimator": "k1", "kl_coef": 0.1, "advantage": "leave_one_out"}),
+    ],
+)  # fmt: skip
+def test_a_first_update_is_exactly_on_policy(make, model, rl):
+    """Recomputed log-probabilities: ratio exactly 1, divergence from the reference exactly 0; the engine's within 1e-5 of them."""
+    first, second = run(make(model=model, rl=rl, train={"steps": 2}))
+    assert first["rl/ratio_mean"] == first["rl/ratio_max"] == 1 and first["rl/clipped_share"] == 0
+    assert first.get("rl/kl", 0) == 0 and (second["rl/kl"] > 0 if "kl_coef" in rl else "rl/kl" not in second)
+    assert 0 < first["rl/logprob_gap_mean"] <= 1e-5 or first["rl/logprob_gap_max"] == 0
+    assert first["rl/effective_sample_size"] == pytest.approx(1, abs=1e-5) and first["train/grad_norm"] > 0
+    assert second["rl/ratio_max"] == 1 and second["rl/version"] == 2
+    if rl.get("router_replay") == "engine":
+        assert first["rl/router_agreement"] > 0.999 and first["rl/replay_gaps"] == 0
+
+
+def test_later_updates_of_a_rollout_leave_the_old_policy(make):
+    """Four updates from one rollout: ratios differ from 1, some are clipped; as many versions pass."""
+    (step,) = run(make(rl={"updates_per_rollout": 4, "epsilon": 0.01}, train={"steps": 1}, optimizer={"lr": 5e-3}))
+    assert step["rl/ratio_max"] > 1.01 and step["rl/clipped_share"] > 0 and step["rl/version"] == 4
+
+
+def test_the_gradient_is_that_of_the_formula_whatever_the_packing(make):
+    """GRPO's gradient from packed micro batches against answers one by one: loss and every adapter's gradient, 1e-5."""
+    from glm45_tune.mcore import runtime
+    from glm45_tune.mcore.step import Trainer
+
+    job = make(rl={"advantage": "centred"})
+    runtime.start(job.layout)
+    found = {}
+    for size in (1, 2):
+        trainer = Trainer(job.recipe, job.layout, job.source)
+        method = PolicyGradient(job, trainer)
+        answers = method._roller.roll(0).answers
+        method.close()
+        if size == 2:
+            lengths = [len(answer.token_ids) for answer in answers]
+            weights = answer_weights(np.array([answer.length for answer in answers]), "sequence", 12)
+            parameters = [p for p in trainer.module.parameters() if p.requires_grad]
+            trainer._wrapped[0].zero_grad_buffer()
+            total = 0.0
+            for answer, weight in zip(answers, weights):
+                ids = torch.tensor(answer.token_ids)
+                model = trainer.module[0].eval()
+                logp = -model(ids, torch.arange(len(ids)), [0, len(ids)], torch.roll(ids, -1)[None])[0, :-1]
+                mask = torch.tensor(answer.written[1:], dtype=torch.float32)
+                loss = -(weight * answer.advantage * (logp - logp.detach()).exp() * mask).sum()
+                loss.backward()
+                total += loss.item()
+            assert len(lengths) == 16
+            # megatron's hooks sum gradients into main_grad as they do in training
+            found[size] = total, [parameter.main_grad.clone() for parameter in parameters]
+        else:
+            batches = method._with_old(method._batches(answers))
+            assert len(batches) < len(answers)
+            trainer._wrapped[0].zero_grad_buffer()
+            trainer.optimizer.zero_grad()
+            trainer._wrapped[0].train()
+            sums = trainer._sum(trainer._run(iter(batches), len(batches), method._objective, forward_only=False))
+            parameters = [p for p in trainer.module.parameters() if p.requires_grad]
+            found[size] = sums["loss"], [parameter.main_grad.clone() for parameter in parameters]
+    assert found[1][0] == pytest.approx(found[2][0], abs=1e-6)
+    largest = max(gradient.abs().max() for gradient in found[2][1])
+    for a, b in zip(found[1][1], found[2][1], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * largest
+    assert largest > 0
+
+
+def test_a_run_stopped_and_started_again_has_the_same_prompts_left(make):
+    """Six steps over ten prompts against three and three: the same rewards and losses, step for step."""
+    whole = run(make("whole", train={"steps": 6}))
+    job = make("stopped", train={"steps": 6, "save_interval": 3})
+    run(job)
+    for path in (job.run / "checkpoints" / "step_000006").iterdir():
+        path.unlink()
+    again = run(make("stopped", train={"steps": 6, "save_interval": 3}))
+    for a, b in zip(whole, again, strict=True):
+        for name in ("rl/reward_mean", "train/loss", "train/grad_norm", "rl/response_tokens_mean", "rl/version"):
+            assert a[name] == b[name], (a["step"], name)
+    facts = json.loads((job.run / "checkpoints" / "step_000006" / "complete.json").read_text())
+    assert facts["prompts_taken"] == 24
+
+
+def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stops(make, capsys):
+    sections = {"rl": {"rewards": [{"function": "loop_rewards:sometimes"}], "group_size": 8}, "train": {"steps": 1}}
+    (step,) = run(make(**sections))
+    assert 0 < step["rl/without_reward"] < 32
+    assert step["rl/reward_errors/loop_rewards:sometimes: raised"] == step["rl/without_reward"]
+    assert "an odd answer" in capsys.readouterr().err and math.isfinite(step["rl/reward_mean"])
+    sections["rl"]["on_reward_error"] = "stop"
+    with pytest.raises(UserError, match="sometimes: raised for .* of 32 answers: ValueError: an odd answer"):
+        loop.run(make("stops", **sections))
+
+
+def test_groups_of_equal_rewards_teach_nothing_and_dynamic_sampling_replaces_them(make):
+    (step,) = run(make(rl={"rewards": [{"function": "loop_rewards:same"}]}, train={"steps": 1}))
+    assert step["rl/equal_groups_share"] == 1 and step["train/grad_norm"] == 0
+    odd = {"rewards": [{"function": "loop_rewards:oddly"}], "dynamic_sampling": True}
+    first, second = run(make("filled", rl=odd, train={"steps": 2}))
+    assert first["rl/answers"] > 16 and 0 < first["rl/kept_share"] < 1 and first["train/grad_norm"] > 0
+    none = {"rewards": [{"function": "loop_rewards:same"}], "dynamic_sampling": True, "max_refills": 1}
+    (step,) = run(make("none", rl=none, train={"steps": 1}))
+    assert step["rl/kept_share"] == 0 and step["rl/answers"] == 32 and step["train/grad_norm"] == 0
+
+
+def test_turns_with_tools_train_what_the_model_wrote_alone(make):
+    """What the tools said is in the conversation, under the template's own marks, and has no weight."""
+    job = make(rl={"tools": "loop_rewards:tools", "max_turns": 3, "max_new_tokens": 40}, data={"seq_length": 256})
+    from glm45_tune.mcore import runtime
+    from glm45_tune.mcore.step import Trainer
+
+    runtime.start(job.layout)
+    method = PolicyGradient(job, Trainer(job.recipe, job.layout, job.source))
+    answers = method._roller.roll(0).answers
+    heard = [answer for answer in answers if "21 度" in method._roller.text(answer, whole=True)]
+    assert heard
+    for answer in heard:
+        text = job.tokenizer.decode(answer.token_ids)
+        assert "<|observation|>\n<tool_response>\n21 度\n</tool_response><|assistant|>" in text.replace(
+            "<|user|><|obs", "<|obs"
+        )
+        said = "".join(job.tokenizer.decode([t]) for t, mine in zip(answer.token_ids, answer.written) if mine)
+        assert "<tool_response>" not in said and answer.length <= 40
+    batches = method._batches(answers)
+    assert sum(int((batch.weights[0] > 0).sum()) for batch in batches) == sum(answer.length for answer in answers)
+    method.close()
+
+
+def test_prompts_too_long_and_options_that_do_not_fit_are_said(make, place):
+    with pytest.raises(RecipeError, match=r"regex.*pattern"):
+        make(rl={"rewards": [{"function": "regex"}]})
+    with pytest.raises(RecipeError, match="no room for a prompt"):
+        make(rl={"max_new_tokens": 160})
+    with pytest.raises(RecipeError, match="kl_coef needs lora"):
+        make(rl={"kl_estimator": "k3", "kl_coef": 0.1}, lora=None)
+    with pytest.raises(RecipeError, match="updates_per_rollout 3 does not divide"):
+        make(rl={"updates_per_rollout": 3})
+    with pytest.raises(DataError, match="exceed data.seq_length 20"):
+        make(data={"seq_length": 20}, rl={"max_new_tokens": 8})
