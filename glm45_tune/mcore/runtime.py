@@ -6,6 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import cpu
@@ -59,6 +60,7 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False) -> None
 def _close_groups() -> None:
     """Leave the groups of a layout before. megatron only forgets them, and each keeps threads (gloo) or device memory (NCCL)."""
     parallel_state.destroy_model_parallel()
+    set_moe_metrics_tracker(MoEMetricsTracker())  # keeps the groups it sums over, and the number of layers
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

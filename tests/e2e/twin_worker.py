@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer  # noqa: F401  imported where a tokenizer is loaded; paid for once before the ranks fork
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+from transformers import AutoTokenizer  # noqa: F401  imported where a tokenizer is loaded; paid for once before the ranks fork
 
-from glm45_tune.data.batch import collate, total_weights
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import Recipe
-from glm45_tune.training.prepare import Job, prepare
+from glm45_tune.training.loop import METHODS
+from glm45_tune.training.prepare import prepare
 
 STEPS = 2
 
@@ -35,31 +34,13 @@ def held(trainer: Trainer) -> dict[str, float]:
     return found
 
 
-def train_step(job: Job, trainer: Trainer, number: int) -> float:
-    """One optimizer step on the recipe's own rows. Returns its loss."""
-    samples, rows = job.train.samples, job.train_rows
-    members = [samples[index] for row in job.plan.rows_of_step(number) for index in rows[row]]
-    microbatches = job.plan.microbatches(number, trainer.data_parallel_rank)
-    batches = (
-        collate(
-            [samples[index] for row in chosen for index in rows[row]],
-            trainer.num_predictions,
-            trainer.pad_multiple,
-            job.pad_id,
-        )
-        for chosen in microbatches
-    )
-    denominators = total_weights(members, trainer.num_predictions).tolist()
-    return trainer.train(batches, len(microbatches), denominators, 1e-4).losses[0]
-
-
 def main(cases: str, output: str) -> None:
     for case in json.loads(Path(cases).read_text()):
-        set_moe_metrics_tracker(MoEMetricsTracker())  # megatron's is sized by the first model of a process
         job = prepare(Recipe.from_dict(case["recipe"]))
         runtime.start(job.layout, job.recipe.train.seed)
         trainer = Trainer(job.recipe, job.layout, job.source)
-        losses = [train_step(job, trainer, step) for step in range(STEPS)]
+        method = METHODS[job.recipe.kind](job, trainer)
+        losses = [method.train_step(step)["train/loss"] for step in range(STEPS)]
         facts = {**held(trainer), "stage": parallel_state.get_pipeline_model_parallel_rank(), "losses": losses}
         (Path(output) / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(facts))
         assert all(torch.isfinite(torch.tensor(losses))), losses
