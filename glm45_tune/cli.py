@@ -11,6 +11,7 @@ import typer
 
 from glm45_tune.errors import UserError, VerificationError
 from glm45_tune.progress import bar
+from glm45_tune.sizes import human, parse, size_of
 
 app = typer.Typer(
     help="Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs.",
@@ -67,7 +68,7 @@ def tiny(
     from glm45_tune.tiny import checkpoint
 
     checkpoint.write(output, like.value, mtp, seed, fp8.value if fp8 else None)
-    _say(f"wrote {output}: a random {like.value}-like model of {_size(output)}")
+    _say(f"wrote {output}: a random {like.value}-like model of {size_of(output)}")
 
 
 @app.command()
@@ -109,7 +110,7 @@ def convert(
             tick=tick,
         )
     checked = "every byte verified" if verify else "not verified"
-    _say(f"wrote {output}: {len(source.names)} tensors, {_size(output)}, {checked}")
+    _say(f"wrote {output}: {len(source.names)} tensors, {size_of(output)}, {checked}")
 
 
 @app.command()
@@ -265,87 +266,102 @@ def export(
     ] = False,
     step: Annotated[int | None, typer.Option(help="Which checkpoint; the last complete one by default.")] = None,
     fp8: Fp8Option = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 500MB.")] = "2GB",
     workers: Workers = None,
     allow_nonfinite: AllowNonfinite = False,
 ) -> None:
-    """Write a run's result as a Hugging Face model (adapter merged) or as a PEFT adapter."""
+    """Write a run's result as a Hugging Face model (adapter merged) or as a PEFT adapter, with a model card."""
+    largest = parse(max_shard_size, "--max-shard-size")
     from glm45_tune.hub.export import export as write
 
     with bar("export", 0) as tick:
-        how = {"workers": workers, "allow_nonfinite": allow_nonfinite, "tick": tick}
+        how = {"max_shard_bytes": largest, "workers": workers, "allow_nonfinite": allow_nonfinite, "tick": tick}
         write(run, output, adapter_only, step, fp8.value if fp8 else None, **how)
-    _say(f"wrote {output}: {_size(output)}")
+    _say(f"wrote {output}: {size_of(output)}")
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="An exported model, or an adapter.")],
+    to: Annotated[str, typer.Option(help="hf:ORG/NAME (Hugging Face) or ms:ORG/NAME (ModelScope).")],
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; the hub's main one by default.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is for everybody; private by default.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read what was sent back and compare hashes.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put a model on a hub: only files that changed; the same command again goes on. The token is the hub's own login's."""
+    from glm45_tune.hub.push import push as send
+
+    done = send(directory, to, revision, message, public, verify)
+    if as_json:
+        print(json.dumps(done.document()))
+    checked = " and read back" if done.read_back else ""
+    _say(
+        f"{done.url}: {len(done.sent)} files ({human(done.num_bytes)}) sent{checked}, {done.unchanged} unchanged; every hash is right"
+    )
 
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face directory; of a server, the name it serves.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to put on top.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this one question and end.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a vLLM or SGLang to ask instead of a model in this process.")
+    ] = None,
+    tools: Annotated[Path | None, typer.Option(help="JSON file with tool definitions.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")] = None,
 ) -> None:
-    """Talk with a model; answers stream. An empty line or Ctrl-D ends."""
+    """Talk with a model; answers stream, /help lists what else can be typed. An empty line or Ctrl-D ends."""
     from glm45_tune.chat.talk import talk
 
-    talk(model, adapter, think, prompt, max_new_tokens)
+    talk(model, adapter, think, prompt, max_new_tokens, server, tools, device_map)
 
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Hugging Face directories, shown side by side.")],
+    models: Annotated[list[Path], typer.Argument(help="Hugging Face directories, or runs: base and tuned side by side.")],
     data: Annotated[
         list[Path], typer.Option(help="JSONL of conversations; the last answer is what is wanted. May be repeated.")
     ],
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top of each.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; the last complete one by default.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write scores and every answer to this JSON file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Ask every question of a data file: share of exact answers, share that thinks."""
-    from glm45_tune.chat.evaluate import evaluate as ask
-    from glm45_tune.chat.evaluate import load_questions
+    """Ask every question of a data file: exact answers, thoughts, valid tool calls, perplexity. A run keeps its scores."""
+    from glm45_tune.chat import evaluate as asking
     from glm45_tune.chat.model import ChatModel, check_model
+    from glm45_tune.hub.evaluation import evaluate_run, is_run
 
-    questions = {str(path): load_questions(str(path)) for path in data}
+    questions = {str(path): asking.load_questions(str(path)) for path in data}
+    runs = [path for path in models if is_run(path)]
+    if runs and adapter:
+        raise UserError(f"eval: {runs[0]} is a run and has an adapter of its own; leave --adapter out.")
     for path in models:
-        check_model(path)
+        if path not in runs:
+            check_model(path, adapter)
     scores = []
     for path in models:
-        model = ChatModel(path, adapter)
-        scores += [
-            {"model": str(path), "data": file, **ask(model, asked, think, max_new_tokens).document()}
-            for file, asked in questions.items()
-        ]
+        if path in runs:
+            found = evaluate_run(path, questions, think, max_new_tokens, step, device_map)
+        else:
+            model = ChatModel(path, adapter, device_map)
+            found = [("", file, asking.evaluate(model, asked, think, max_new_tokens)) for file, asked in questions.items()]
+        scores += [{"model": f"{path} {which}".strip(), "data": file, **score.document()} for which, file, score in found]
     document = json.dumps(scores, ensure_ascii=False)
     if output:
         output.write_text(document + "\n", encoding="utf-8")
     if as_json:
         print(document)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", "data", "questions", "exact", "thinks")
-    for score in scores:
-        shares = f"{score['exact']:.0%}", f"{score['thinks']:.0%}"
-        table.add_row(score["model"], Path(score["data"]).name, str(score["num_questions"]), *shares)
-    console = Console()
-    console.print(table)
-    for score in scores:
-        row = score["rows"][0]
-        thought = f" [dim]({row['thought']})[/dim]" if row["thought"] else ""
-        console.print(f"{score['model']}: {row['question']} →{thought} {row['said'] or '(nothing)'}")
-
-
-def _size(directory: Path) -> str:
-    size = float(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()))
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    else:
+        asking.show(scores)
 
 
 def _ranks_run() -> bool:

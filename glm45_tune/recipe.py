@@ -260,6 +260,19 @@ class LoggingConfig(Section):
     """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
 
 
+class CardConfig(Section):
+    """What the model card says that a run cannot know. What is left out is taken from the base's own card, if it has one."""
+
+    base_model: str | None = None
+    """The base's name on a hub, such as zai-org/GLM-4.5-Air; null: of a release, known by its directory's name."""
+    license: str | None = None
+    language: list[str] = []
+    datasets: list[str] = []
+    tags: list[str] = []
+    template: str | None = None
+    """A Jinja file; with `{% extends "card.md" %}` it changes blocks of ours (glm45_tune/hub/card.md)."""
+
+
 class Recipe(Section):
     """One run. Frozen: what was checked is what runs."""
 
@@ -276,6 +289,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
+    card: CardConfig = CardConfig()
 
     @model_validator(mode="after")
     def _knows_its_end(self):

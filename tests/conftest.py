@@ -108,6 +108,49 @@ def run_ranks(world_size: int, script: Path, arguments: list[str], timeout: floa
 
 
 @pytest.fixture(scope="session")
+def train_here(one_rank):
+    """Train a recipe (a dict) in this process, one rank: a whole run directory with its checkpoints, metrics and adapter."""
+
+    def train(recipe: dict) -> Path:
+        from glm45_tune.recipe import Recipe
+        from glm45_tune.training import loop
+        from glm45_tune.training.prepare import prepare
+
+        loop.run(prepare(Recipe.from_dict(recipe)))
+        return Path(recipe["output_dir"])
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def lora_run(checkpoints, corpus, train_here, tmp_path_factory):
+    """A LoRA run of 4 steps over the tiny Air-like model, saved every second, MTP left alone, some rows held out."""
+    return train_here(
+        recipe_dict(
+            checkpoints["air"],
+            corpus,
+            tmp_path_factory.mktemp("runs") / "lora",
+            lora={"r": 4, "target_modules": "all-linear"},
+            data={"eval_ratio": 0.2},
+            train={"steps": 4, "save_interval": 2, "eval_interval": 2},
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def full_run(checkpoints, corpus, train_here, tmp_path_factory):
+    """All weights of the tiny 355B-like model trained for 2 steps, MTP along."""
+    return train_here(
+        recipe_dict(
+            checkpoints["355b"],
+            corpus,
+            tmp_path_factory.mktemp("runs") / "full",
+            model={"mtp_loss_scaling_factor": 0.1},
+        )
+    )
+
+
+@pytest.fixture(scope="session")
 def ranks():
     return run_ranks
 

@@ -1,41 +1,68 @@
-"""Ask a model every question of a data file and compare its answers with the file's."""
+"""Ask a model every question of a data file, compare its answers with the file's, and measure how likely it finds those."""
 
+import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glm45_tune.chat.answers import Answer, fault_of, typed
 from glm45_tune.chat.model import ChatModel
-from glm45_tune.data.chat import check_messages, check_tools
+from glm45_tune.data.chat import ChatRenderer, check_messages, check_tools
+from glm45_tune.data.files import files_of
 from glm45_tune.data.formats import canonical
 from glm45_tune.data.sources import read_source
 from glm45_tune.errors import DataError
+from glm45_tune.recipe import DataConfig
 
 BATCH = 64
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, what is wanted, and the whole row, by which the answer's likelihood is measured."""
+
+    messages: list[dict]
+    tools: list | None
+    wanted: str
+    wanted_calls: list[dict]
+    row: dict
+    where: tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Score:
-    """rows: each question with what was wanted, said and thought."""
+    """Shares of the questions; valid_calls: of the tool calls said, None where none was. rows: each question with its answer."""
 
     num_questions: int
     exact: float
     thinks: float
+    non_thinking: float
+    num_calls: int
+    valid_calls: float | None
+    perplexity: float
     rows: list[dict]
 
     def document(self) -> dict:
         return asdict(self)
 
 
-def load_questions(path: str) -> list[tuple[list[dict], list | None, str]]:
-    """(messages up to the last user turn, tools, the answer wanted) of every conversation of a file or folder."""
+def load_questions(path: str) -> list[Question]:
+    """Of every conversation of a file or folder, its last answer is what is wanted."""
     questions = []
     for file, line, row in read_source(path):
         try:
             if isinstance(row, DataError):
                 raise row
-            row = canonical(row)
-            *messages, answer = check_messages(row)
+            found = canonical(row)
+            *messages, answer = check_messages(found)
             if answer["role"] != "assistant" or not messages:
                 raise DataError("the last message must be the assistant's answer to a question before it")
-            questions.append((messages, check_tools(row), answer["content"].strip()))
+            calls = [call["function"] for call in answer.get("tool_calls", [])]
+            questions.append(Question(messages, check_tools(found), answer["content"].strip(), calls, row, (file, line)))
         except DataError as error:
             raise DataError(f"{file}:{line}: {error}") from None
     if not questions:
@@ -43,20 +70,81 @@ def load_questions(path: str) -> list[tuple[list[dict], list | None, str]]:
     return questions
 
 
-def evaluate(model: ChatModel, questions: list, think: bool | None = None, max_new_tokens: int = 512) -> Score:
-    """Greedy answers under the default prompt (or with thinking on or off); exact: equal after stripping white space."""
-    rows = []
+def hash_of(path: str) -> str:
+    """sha256 of a data file, or of its files' hashes where it is a folder."""
+    digests = []
+    for file in files_of(path):
+        with open(file, "rb") as handle:
+            digests.append(hashlib.file_digest(handle, "sha256"))
+    return digests[0].hexdigest() if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+
+
+def evaluate(
+    model: ChatModel,
+    questions: list[Question],
+    think: bool | None = None,
+    max_new_tokens: int = 512,
+    data: DataConfig | None = None,
+) -> Score:
+    """Greedy answers under the default prompt, or with thinking on or off.
+
+    exact: text equal after stripping white space, and the same calls. data: as what the rows are trained, for the perplexity.
+    """
+    rows, calls, valid = [], 0, 0
     for first in range(0, len(questions), BATCH):
         batch = questions[first : first + BATCH]
-        answers = model.generate([model.prompt(m, think, tools) for m, tools, _ in batch], max_new_tokens)
-        rows += [
-            {"question": messages[-1]["content"], "wanted": wanted, "said": answer.content, "thought": answer.thought}
-            for (messages, _, wanted), answer in zip(batch, answers)
-        ]
-    count = len(rows)
+        answers = model.generate([model.prompt(q.messages, think, q.tools) for q in batch], max_new_tokens)
+        for question, answer in zip(batch, answers):
+            row = _row(question, answer)
+            rows.append(row)
+            calls += len(row["calls"])
+            valid += sum(call["fault"] is None for call in row["calls"])
+    count, thinks = len(rows), sum(bool(row["thought"]) for row in rows)
+    changes = {"seq_length": _LONGEST, "overlong": "error"} | ({} if think is None else {"enable_thinking": think})
+    options = (data or DataConfig(train="-")).model_copy(update=changes)
+    renderer = ChatRenderer(model.tokenizer, options)
+    samples = [sample for question in questions for sample in renderer.render(question.row, *question.where).samples]
     return Score(
         count,
-        sum(row["said"] == row["wanted"] for row in rows) / count,
-        sum(bool(row["thought"]) for row in rows) / count,
+        sum(row["exact"] for row in rows) / count,
+        thinks / count,
+        1 - thinks / count,
+        calls,
+        valid / calls if calls else None,
+        model.perplexity(samples),
         rows,
     )
+
+
+def _row(question: Question, answer: Answer) -> dict:
+    said = [
+        {"name": call.name, "arguments": typed(call, question.tools), "fault": fault_of(call, question.tools)}
+        for call in answer.calls
+    ]
+    same_calls = [(c["name"], c["arguments"]) for c in said] == [(c["name"], c["arguments"]) for c in question.wanted_calls]
+    return {
+        "question": question.messages[-1]["content"],
+        "wanted": question.wanted,
+        "wanted_calls": question.wanted_calls,
+        "said": answer.content,
+        "thought": answer.thought,
+        "calls": said,
+        "exact": answer.content == question.wanted and same_calls and not any(call["fault"] for call in said),
+    }
+
+
+def show(scores: list[dict]) -> None:
+    """A table of scores (documents with `model` and `data`), and the first answer of each."""
+    console = Console()
+    table = Table("model", "data", "questions", "exact", "thinks", "calls valid", "perplexity")
+    for score in scores:
+        calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%} of {score['num_calls']}"
+        shares = f"{score['exact']:.0%}", f"{score['thinks']:.0%}", calls, f"{score['perplexity']:.4g}"
+        table.add_row(score["model"], Path(score["data"]).name, str(score["num_questions"]), *shares)
+    console.print(table)
+    for score in scores:
+        row = score["rows"][0]
+        line = Text(f"{score['model']}: {row['question']} → ")
+        line.append(f"({row['thought']}) " if row["thought"] else "", "dim")
+        line.append(row["said"] or "".join(f"{call['name']}(…)" for call in row["calls"]) or "(nothing)")
+        console.print(line)

@@ -1,46 +1,219 @@
-"""A conversation on the terminal, word by word."""
+"""A conversation on the terminal, word by word: thoughts dim, calls shown and answered by the person."""
 
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 
 from rich.console import Console
 
-from glm45_tune.chat.model import Answer, ChatModel
+from glm45_tune.chat.answers import Answer, Splitter, fault_of, typed
+from glm45_tune.chat.model import ChatModel
+from glm45_tune.chat.server import Server
+from glm45_tune.data.chat import check_tools
+from glm45_tune.errors import DataError, UserError
+
+_STYLES = {"thought": "dim", "content": "", "call": "cyan"}
+_HELP = """\
+/think, /no-think, /default   ask for thoughts, against them, or leave it to the template
+/adapter DIR, /adapter off    another adapter on the same model; of a server, the name of a model that it serves
+/tools FILE, /tools off       tool definitions, a JSON list; a call is shown and asks for its result
+/new                          forget this conversation
+an empty line or Ctrl-D       end"""
 
 
-def talk(model: str | Path, adapter: str | Path | None, think: bool | None, prompt: str | None, max_new_tokens: int) -> None:
-    """Ask `prompt` once, or read questions until an empty line. Answers go to stdout as they are written."""
-    chat = ChatModel(model, adapter)
-    console, messages = Console(stderr=True), []
-    while True:
-        question = prompt or _ask(console)
-        if not question:
-            return
-        messages.append({"role": "user", "content": question})
-        answer = _stream(chat, messages, think, max_new_tokens)
-        messages.append({"role": "assistant", "content": answer.content, "reasoning_content": answer.thought})
-        if prompt:
-            return
+@dataclass
+class Turn:
+    """What the model answered: text, thought, and calls, each with its name, arguments and what is wrong with it."""
+
+    content: str = ""
+    thought: str = ""
+    calls: list[dict] = field(default_factory=list)
+
+    def message(self) -> dict:
+        """As the template and the servers want it."""
+        found: dict = {"role": "assistant", "content": self.content}
+        if self.thought:
+            found["reasoning_content"] = self.thought
+        if self.calls:
+            found["tool_calls"] = [
+                {"id": f"call_{n}", "type": "function", "function": {key: call[key] for key in ("name", "arguments")}}
+                for n, call in enumerate(self.calls)
+            ]
+        return found
 
 
-def _ask(console: Console) -> str:
+class Local:
+    """A ChatModel in this process."""
+
+    def __init__(self, model: str | Path, adapter: str | Path | None, device_map: str | None):
+        self.model = ChatModel(model, adapter, device_map)
+
+    def use(self, adapter: str | None) -> None:
+        self.model.put_adapter(adapter)
+
+    def answer(self, messages: list[dict], think: bool | None, tools: list | None, most: int, show: Callable) -> Turn:
+        prompt = self.model.prompt(messages, think, tools)
+        splitter, text = Splitter("thought" if prompt.rstrip().endswith("<think>") else "content"), ""
+        for piece in self.model.stream(prompt, most):
+            text += piece
+            for kind, part in splitter.feed(piece):
+                show(kind, part)
+        for kind, part in splitter.end():
+            show(kind, part)
+        said = Answer(text)
+        calls = [{"name": c.name, "arguments": typed(c, tools), "fault": fault_of(c, tools)} for c in said.calls]
+        return Turn(said.content, said.thought, calls)
+
+
+class Remote:
+    """A server; a call's arguments travel as JSON text there."""
+
+    def __init__(self, url: str, model: str | None):
+        self.server, self._served = Server(url, model), model
+
+    def use(self, model: str | None) -> None:
+        self.server.use(model or self._served or self.server.models[0])
+
+    def answer(self, messages: list[dict], think: bool | None, tools: list | None, most: int, show: Callable) -> Turn:
+        turn, splitter = Turn(), Splitter()  # a server without a reasoning parser sends thoughts as content
+        for kind, text in self.server.stream([_on_the_wire(message) for message in messages], think, tools, most):
+            if kind == "call":
+                turn.calls.append(_call(text))
+                continue
+            self._take(turn, splitter.feed(text) if kind == "content" else [(kind, text)], show)
+        self._take(turn, splitter.end(), show)
+        return Turn(turn.content.strip(), turn.thought.strip(), turn.calls)
+
+    @staticmethod
+    def _take(turn: Turn, parts: Iterable[tuple[str, str]], show: Callable) -> None:
+        for kind, text in parts:
+            show(kind, text)
+            if kind == "thought":
+                turn.thought += text
+            else:
+                turn.content += text
+
+
+def _on_the_wire(message: dict) -> dict:
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message.get("tool_calls", [])
+    ]
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _call(text: str) -> dict:
+    call = json.loads(text)
     try:
-        return console.input("[bold]> [/bold]").strip()
-    except EOFError:
-        return ""
+        arguments = json.loads(call["arguments"] or "{}")
+    except ValueError:
+        return {
+            "name": call["name"],
+            "arguments": {},
+            "fault": f"has arguments that are no JSON: {call['arguments'][:60]!r}",
+        }
+    return {"name": call["name"], "arguments": arguments, "fault": None}
 
 
-def _stream(chat: ChatModel, messages: list[dict], think: bool | None, max_new_tokens: int) -> Answer:
-    from transformers import TextIteratorStreamer
+def load_tools(path: str | Path) -> list:
+    """Tool definitions: a JSON list, or an object that holds one as `tools`. Raises UserError."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return check_tools({"tools": found.get("tools") if isinstance(found, dict) else found}) or []
+    except (OSError, ValueError, DataError) as error:
+        raise UserError(f"--tools {path}: {error}.") from error
 
-    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = chat.prompt(messages, think)
-    worker = Thread(target=chat.generate, args=([text], max_new_tokens), kwargs={"streamer": streamer})
-    worker.start()
-    pieces = []
-    for piece in streamer:
-        pieces.append(piece)
-        print(piece, end="", flush=True)
-    worker.join()
-    print()
-    return Answer("".join(pieces))
+
+@dataclass
+class Talk:
+    """One conversation. prompt: ask this and end; else questions come from the terminal until an empty line."""
+
+    side: Local | Remote
+    think: bool | None = None
+    tools: list | None = None
+    max_new_tokens: int = 512
+    messages: list[dict] = field(default_factory=list)
+
+    def run(self, prompt: str | None) -> None:
+        self._terminal, self._output = Console(stderr=True), Console(highlight=False, soft_wrap=True)
+        if prompt:
+            self._say(prompt)
+            return
+        while question := self._ask("> "):
+            if question.startswith("/"):
+                self._order(*question.split(maxsplit=1))
+            else:
+                self._say(question, with_results=True)
+
+    def _ask(self, sign: str) -> str:
+        try:
+            return self._terminal.input(f"[bold]{sign}[/bold]").strip()
+        except EOFError:
+            return ""
+
+    def _order(self, order: str, value: str = "") -> None:
+        try:
+            if order in ("/think", "/no-think", "/default"):
+                self.think = {"/think": True, "/no-think": False}.get(order)
+            elif order == "/adapter" and value:
+                self.side.use(None if value == "off" else value)
+            elif order == "/tools" and value:
+                self.tools = None if value == "off" else load_tools(value)
+            elif order == "/new":
+                self.messages.clear()
+            else:
+                self._terminal.print(_HELP, highlight=False, markup=False)
+        except UserError as error:
+            self._terminal.print(str(error), style="red", markup=False)
+
+    def _say(self, question: str, with_results: bool = False) -> None:
+        self.messages.append({"role": "user", "content": question})
+        turn = self._answered()
+        while turn.calls and with_results:
+            for number, call in enumerate(turn.calls):
+                result = self._ask(f"result of {call['name']}> ")
+                self.messages.append({"role": "tool", "tool_call_id": f"call_{number}", "content": result})
+            turn = self._answered()
+
+    def _answered(self) -> Turn:
+        shown: list[str] = []
+
+        def show(kind: str, text: str) -> None:
+            if kind == "call":
+                return  # shown whole, below
+            if shown and kind != shown[-1]:
+                self._output.print()
+            text = text if shown and kind == shown[-1] else text.lstrip("\n")
+            self._output.print(text, end="", style=_STYLES[kind], markup=False)
+            if text:
+                shown.append(kind)
+
+        turn = self.side.answer(self.messages, self.think, self.tools, self.max_new_tokens, show)
+        self._output.print()
+        for call in turn.calls:
+            line = f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
+            self._output.print(line + (f"  [{call['fault']}]" if call["fault"] else ""), style=_STYLES["call"], markup=False)
+        self.messages.append(turn.message())
+        return turn
+
+
+def talk(
+    model: str | Path | None,
+    adapter: str | None,
+    think: bool | None,
+    prompt: str | None,
+    max_new_tokens: int,
+    server: str | None = None,
+    tools: str | Path | None = None,
+    device_map: str | None = None,
+) -> None:
+    """Talk with a directory's model in this process, or with the one (of the name `model`) that `server` serves."""
+    definitions = load_tools(tools) if tools else None
+    if server:
+        side: Local | Remote = Remote(server, str(adapter or model) if adapter or model else None)
+    elif model is None:
+        raise UserError("chat: give a model's directory, or --server URL.")
+    else:
+        side = Local(model, adapter, device_map)
+    Talk(side, think, definitions, max_new_tokens).run(prompt)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from glm45_tune.conversion.names import Row, is_mtp, rows
-from glm45_tune.conversion.outdir import file_hash, whole
-from glm45_tune.conversion.tensors import ALL, HfReader, split_row
+from glm45_tune.conversion.outdir import Beside, file_hash, nothing, read_marker, whole
+from glm45_tune.conversion.tensors import ALL, HfReader, fingerprint, split_row
 from glm45_tune.conversion.torch_dist import TorchDistFiles
 from glm45_tune.errors import CheckpointError
 from glm45_tune.recipe import LoraConfig
@@ -29,8 +29,13 @@ _BLOCK_ROWS = 512
 _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
 
 
-def write_peft(checkpoint: Path, config: LoraConfig, base: HfReader, output: Path) -> None:
-    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`."""
+def write_peft(
+    checkpoint: Path, config: LoraConfig, base: HfReader, output: Path, beside: Beside = nothing, base_name: str | None = None
+) -> None:
+    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`.
+
+    beside: adds files to it. base_name: what the base is called on a hub; its directory stands there otherwise.
+    """
     files = TorchDistFiles(checkpoint)
     table = {row.hybrid.removesuffix(".weight"): row for row in rows(base.spec)}
     pairs: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
@@ -52,9 +57,19 @@ def write_peft(checkpoint: Path, config: LoraConfig, base: HfReader, output: Pat
         tensors |= {f"{_PREFIX}{name}.weight": tensor.contiguous() for name, tensor in found.items()}
         if row.num_experts is None and not is_mtp(row):
             names += [name.removesuffix(".lora_A") + ".weight" for name in found if name.endswith(".lora_A")]
-    with whole(output, "adapter", base=str(base.path)) as staging:
+    with whole(output, "adapter", base=base_name or base.path.name, fingerprint=fingerprint(base)) as staging:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-        _peft_config(names, ranks, config, base).save_pretrained(str(staging))
+        _peft_config(names, ranks, config, base, base_name or str(base.path)).save_pretrained(str(staging))
+        beside(staging)
+
+
+def check_base(adapter: str | Path, base: HfReader) -> None:
+    """Raise CheckpointError when `adapter` says that it was made for another model than `base`. Ours say it, by a hash."""
+    facts = read_marker(Path(adapter)) or {}
+    if facts.get("fingerprint") not in (None, fingerprint(base)):
+        raise CheckpointError(
+            f"{adapter}: was trained on {facts['base']}, and {base.path} is another model. Give the model it was trained on."
+        )
 
 
 def _of_linear(row: Row, targets: dict) -> dict[str, torch.Tensor]:
@@ -96,7 +111,7 @@ def _of_experts(row: Row, targets: dict, both: bool) -> tuple[dict[str, torch.Te
     return found, stack, lora_A.shape[1]
 
 
-def _peft_config(names: list[str], ranks: dict[str, int], config: LoraConfig, base: HfReader):
+def _peft_config(names: list[str], ranks: dict[str, int], config: LoraConfig, base: HfReader, base_name: str):
     import peft
 
     leaves: dict[str, list[str]] = defaultdict(list)
@@ -112,7 +127,7 @@ def _peft_config(names: list[str], ranks: dict[str, int], config: LoraConfig, ba
     other = {f"mlp.experts.{stack}": rank for stack, rank in ranks.items() if rank != config.r}
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base.path),
+        base_model_name_or_path=base_name,
         r=config.r,
         lora_alpha=config.lora_alpha,
         # PEFT refuses dropout beside target_parameters; it plays no part in using the adapter
@@ -142,6 +157,7 @@ class Merged:
         self.base, self.spec, self.path, self.config = base, base.spec, base.path, base.config
         self._directory = Path(adapter)
         self._lora = self._read_config()
+        check_base(adapter, base)
         self._factors = self._read_factors()
 
     def __reduce__(self):

@@ -17,16 +17,15 @@ from glm45_tune.spec import ModelSpec, read_config
 INDEX = "model.safetensors.index.json"
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-# what travels beside the weights, whichever format they are in
-SIDE_FILES = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "LICENSE",
 )
+# what travels beside the weights, besides config.json, whichever format they are in
+SIDE_FILES = ("generation_config.json", *TOKENIZER_FILES, "LICENSE")
 
 
 @dataclass(frozen=True, slots=True)

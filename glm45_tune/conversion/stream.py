@@ -103,12 +103,12 @@ def to_hf(
     """Write `source` as an HF directory: sharded safetensors, index, config, tokenizer and template as they were.
 
     verify: read what was written and compare every byte. tick: hears bytes written, and once more those verified. beside: adds
-    files to the directory. workers: processes that share the work, None: as many as it is worth. What was cut off goes on
+    files to the directory. facts: what its marker says instead of the source's path. workers: processes that share the work, None: as many as it is worth. What was cut off goes on
     with the files that were whole. Raises CheckpointError on tensors that are not this model's, or not finite unless
     allow_nonfinite; VerificationError when what was written differs from the source.
     """
     check_tensors(source.base if isinstance(source, Quantized) else source)
-    facts |= {"source": str(source.path), "max_shard_bytes": max_shard_bytes}
+    facts = (facts or {"source": str(source.path)}) | {"max_shard_bytes": max_shard_bytes}
     with resumable(output, kind, source.path, job=source.stamp(), **facts) as staging:
         workers = workers or default_workers(total_bytes(source))
         files = plan_hf(source, max_shard_bytes) + plan_side_files(source)

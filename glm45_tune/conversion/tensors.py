@@ -1,5 +1,6 @@
 """Reading a megatron tensor, or a slice of one, from the HF tensors a row names, and cutting it apart again."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -84,3 +85,11 @@ def split_row(row: Row, merged: torch.Tensor) -> list[torch.Tensor]:
     for (part, _, _), piece in zip(row.pieces, merged.split([hi - lo for _, lo, hi in row.pieces])):
         found[part].append(piece)
     return [pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces) for pieces in found]
+
+
+def fingerprint(source: HfReader) -> str:
+    """Tells models apart by their sizes and their final norm and first query weights, in either format; not by the directory."""
+    digest = hashlib.sha256(repr(source.spec).encode())
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"):
+        digest.update(source.read(name, 0, 64).contiguous().view(-1).float().numpy().tobytes())
+    return digest.hexdigest()

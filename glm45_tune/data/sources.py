@@ -109,24 +109,34 @@ def numbered(source: str, rows: Iterable) -> Iterator[Row]:
 
 
 def _hub(source: str, streaming: bool) -> Iterable:
-    """The rows of a hub dataset, hf:ORG/NAME[:CONFIG][@SPLIT] or ms:…, by the hub's own client."""
+    """The rows of a hub dataset, hf:ORG/NAME[:CONFIG][@SPLIT] or ms:…; the hub's own client fetches it, datasets reads it."""
     hub, _, name = source.partition(":")
     name, _, split = name.partition("@")
     name, _, config = name.partition(":")
     if not name:
         raise DataError(f"{source}: names no data set; {hub}:ORG/NAME[:CONFIG][@SPLIT] is expected.")
     try:
-        if hub == "hf":
-            import datasets
-
-            return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
-        from modelscope.msdatasets import MsDataset
-
-        return MsDataset.load(name, subset_name=config or None, split=split or "train", use_streaming=streaming)
+        import datasets
     except ImportError as error:
         raise DataError(f"{source}: needs {error.name}: pip install {error.name}.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        name = _fetched(name) if hub == "ms" else name
+        return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{source}: cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}") from error
+
+
+def _fetched(name: str) -> str:
+    """The directory that ModelScope's data set is downloaded to. Raises OSError."""
+    try:
+        from modelscope_hub import HubApi
+        from modelscope_hub.errors import HubError
+    except ImportError:
+        raise DataError(f"ms:{name}: needs modelscope: pip install modelscope.") from None
+    try:
+        return str(HubApi().download_repo(name, "dataset"))
+    except HubError as error:
+        raise OSError(error.message) from error
 
 
 def _function(source: str):

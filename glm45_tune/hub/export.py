@@ -9,14 +9,16 @@ import torch
 
 from glm45_tune.conversion.adapter import Merged, write_peft
 from glm45_tune.conversion.fp8 import Quantized
+from glm45_tune.conversion.hf_files import TOKENIZER_FILES
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import mtp_copies
 from glm45_tune.conversion.outdir import check_free
 from glm45_tune.conversion.stream import open_model, to_hf
-from glm45_tune.conversion.tensors import ALL, HfReader
+from glm45_tune.conversion.tensors import ALL, HfReader, fingerprint
 from glm45_tune.errors import CheckpointError
+from glm45_tune.hub.card import Card
 from glm45_tune.recipe import LoraConfig
-from glm45_tune.training.run_directory import RUN_FILE, fingerprint
+from glm45_tune.training.run_directory import RUN_FILE
 
 
 class Trained:
@@ -53,41 +55,51 @@ def export(
     fp8: str | None = None,
     **how: object,
 ) -> None:
-    """Write a run's result as a Hugging Face directory (or its adapter as a PEFT directory) and read it back.
+    """Write a run's result as a Hugging Face directory (or its adapter as a PEFT directory), with a model card, and read it back.
 
-    step: which checkpoint; None takes the last complete one. fp8: "channel" or "block", quantized
-    after merging. how: workers, allow_nonfinite, tick of `to_hf`. Raises CheckpointError when the run has none, or when its base
+    step: which checkpoint; None takes the last complete one. fp8: "channel" or "block", quantized after merging. how:
+    workers, max_shard_bytes, allow_nonfinite, tick of `to_hf`. Raises CheckpointError when the run has none, or when its base
     model is gone or another.
     """
     run, output = Path(run), Path(output)
-    facts = _facts(run)
+    facts = facts_of(run)
     check_free(output, "adapter" if adapter_only else "export", run, facts["model"])
-    checkpoint = _checkpoint(run, step)
-    base = open_model(facts["model"])
-    if fingerprint(base) != facts["fingerprint"]:
-        raise CheckpointError(f"{facts['model']} is no longer the model that {run} was trained on.")
+    checkpoint = checkpoint_of(run, step)
+    base = trained_on(run, facts)
+    if facts["lora"] is None and adapter_only:
+        raise CheckpointError(f"{run} trained all weights; it has no adapter. Leave --adapter-only out.")
+    card = Card(run, facts, step_of(checkpoint), base.spec, adapter_only)
+    # names alone: an export may be pushed, and directories are nobody else's business
+    marker = {"step": step_of(checkpoint), "run": run.resolve().name, "base": base.path.name}
+
+    def write(model: HfReader) -> None:
+        model = Quantized(model, fp8) if fp8 else model
+        to_hf(model, output, kind="export", beside=lambda staging: card.write(staging, output.name), **marker, **how)
+
     if facts["lora"] is None:
-        if adapter_only:
-            raise CheckpointError(f"{run} trained all weights; it has no adapter. Leave --adapter-only out.")
-        _write(Trained(base, McoreDir(checkpoint)), output, fp8, run, **how)
+        write(Trained(base, McoreDir(checkpoint)))
         return
     lora = LoraConfig(**facts["lora"])
     if adapter_only:
-        write_peft(checkpoint, lora, base, output)
+
+        def beside(staging: Path) -> None:
+            for name in TOKENIZER_FILES:
+                if (base.path / name).is_file():
+                    shutil.copyfile(base.path / name, staging / name)
+            card.write(staging, output.name)
+
+        write_peft(checkpoint, lora, base, output, beside, card.base.name if card.base.is_on_hub else None)
         return
     holder = Path(tempfile.mkdtemp(prefix="glm45_tune_"))
     try:
         write_peft(checkpoint, lora, base, holder / "adapter")
-        _write(Merged(base, holder / "adapter"), output, fp8, run, **how)
+        write(Merged(base, holder / "adapter"))
     finally:
         shutil.rmtree(holder)
 
 
-def _write(model: HfReader, output: Path, fp8: str | None, run: Path, **how: object) -> None:
-    to_hf(Quantized(model, fp8) if fp8 else model, output, kind="export", run=str(run), **how)
-
-
-def _facts(run: Path) -> dict:
+def facts_of(run: Path) -> dict:
+    """What a run's glm45_tune.json says. Raises CheckpointError where there is none."""
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run}: no {RUN_FILE} here; not a run of ours.")
     facts = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
@@ -96,13 +108,27 @@ def _facts(run: Path) -> dict:
     return facts
 
 
-def _checkpoint(run: Path, step: int | None) -> Path:
+def trained_on(run: Path, facts: dict) -> HfReader:
+    """The model that a run was trained on. Raises CheckpointError when it is gone or another."""
+    base = open_model(facts["model"])
+    if fingerprint(base) != facts["fingerprint"]:
+        raise CheckpointError(f"{facts['model']} is no longer the model that {run} was trained on.")
+    return base
+
+
+def checkpoint_of(run: Path, step: int | None) -> Path:
+    """A run's complete checkpoint of a step, or its last one. Raises CheckpointError."""
     found = sorted(path.parent for path in run.glob("checkpoints/step_*/complete.json"))
     if not found:
         raise CheckpointError(f"{run}: no complete checkpoint yet. Let the run reach one (train.save_interval).")
     if step is None:
         return found[-1]
-    steps = {int(path.name.removeprefix("step_")): path for path in found}
+    steps = {step_of(path): path for path in found}
     if step not in steps:
         raise CheckpointError(f"{run}: no complete checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     return steps[step]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(checkpoint.name.removeprefix("step_"))

@@ -11,7 +11,7 @@ from glm45_tune.conversion import adapter
 from glm45_tune.errors import STOPPED
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
-from glm45_tune.training import run_directory, summary
+from glm45_tune.training import record, run_directory, summary
 from glm45_tune.training.interruption import Interruption
 from glm45_tune.training.metrics import LiveLine, Metrics
 from glm45_tune.training.policy import PolicyGradient
@@ -52,7 +52,7 @@ def run(job: Job) -> int:
     runtime.start(job.layout, job.recipe.train.seed, job.recipe.train.deterministic)
     is_first = dist.get_rank() == 0
     if is_first:
-        run_directory.start(job.recipe, job.source)
+        run_directory.start(job.recipe, job.source, **record.facts(job))
     trainer = Trainer(job.recipe, job.layout, job.source)
     method: Method = METHODS[job.recipe.kind](job, trainer)
     saver = Saver(job, trainer)

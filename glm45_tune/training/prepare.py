@@ -70,6 +70,8 @@ def prepare(recipe: Recipe) -> Job:
         raise RecipeError(
             f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
         )
+    if recipe.card.template and not Path(recipe.card.template).is_file():
+        raise RecipeError(f"card.template: {recipe.card.template}: no such file.")
     train = recipe.train
     if recipe.rl:
         check_rewards(recipe.rl.rewards)

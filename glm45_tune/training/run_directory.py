@@ -1,23 +1,14 @@
 """A run's directory: whose it is, whether this recipe may go on with it, and what stands in it from the start."""
 
-import hashlib
 import json
 from pathlib import Path
 
-from glm45_tune.conversion.tensors import HfReader
+from glm45_tune.conversion.tensors import HfReader, fingerprint
 from glm45_tune.errors import UserError
 from glm45_tune.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "glm45_tune.json"
-
-
-def fingerprint(source: HfReader) -> str:
-    """Tells models apart by their sizes and their final norm and first query weights, in either format; not by the directory."""
-    digest = hashlib.sha256(repr(source.spec).encode())
-    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"):
-        digest.update(source.read(name, 0, 64).contiguous().view(-1).float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check(recipe: Recipe, source: HfReader) -> None:
@@ -51,8 +42,8 @@ def _shape_of_training(recipe: Recipe) -> dict:
     }
 
 
-def start(recipe: Recipe, source: HfReader) -> None:
-    """Create the run directory and write what it is. Called by one rank."""
+def start(recipe: Recipe, source: HfReader, **facts: object) -> None:
+    """Create the run directory and write what it is, and `facts` for its card. Called by one rank."""
     run = Path(recipe.output_dir)
     run.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -60,6 +51,7 @@ def start(recipe: Recipe, source: HfReader) -> None:
         "model": str(Path(recipe.model.path).resolve()),
         "fingerprint": fingerprint(source),
         **_shape_of_training(recipe),
+        **facts,
     }
     (run / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (run / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

@@ -1,0 +1,248 @@
+"""The model card: README.md and curves.svg beside what a run's export wrote. It says hashes of the data, never content."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from glm45_tune.conversion.outdir import MARKER
+from glm45_tune.errors import UserError
+from glm45_tune.hub.curves import draw, read_metrics
+from glm45_tune.hub.serving import serving
+from glm45_tune.plan.models import PUBLIC
+from glm45_tune.recipe import Recipe, sources_of
+from glm45_tune.spec import ModelSpec
+from glm45_tune.training.run_directory import RECIPE_FILE
+
+CARD, CURVES, EVALUATION = "README.md", "curves.svg", "eval.json"
+
+# metrics that say how a training went, by what they are called in the card
+_FIRST_TO_LAST = {
+    "train/loss": "training loss",
+    "eval/loss": "held-out loss",
+    "preference/accuracy": "pairs told apart",
+    "rl/reward_mean": "mean reward",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model a run began with: its name on a hub where that is known, else its directory's, and what its own card says."""
+
+    name: str
+    is_on_hub: bool
+    license: str
+    language: list[str]
+
+
+def base_of(recipe: Recipe) -> Base:
+    """From the recipe's card section, else the base's own card, else the releases known by name."""
+    path = Path(recipe.model.path)
+    marker = _json(path / MARKER)
+    if marker.get("kind") == "mcore":
+        path = Path(marker["source"])
+    public = {name.lower(): name for name in PUBLIC}.get(path.name.lower())
+    own = _front_matter(path / CARD)
+    language = own.get("language") or (["en", "zh"] if public else [])
+    return Base(
+        recipe.card.base_model or (f"zai-org/{public}" if public else path.name),
+        bool(recipe.card.base_model or public),
+        recipe.card.license or own.get("license") or ("mit" if public else "unknown"),
+        recipe.card.language or ([language] if isinstance(language, str) else language),
+    )
+
+
+class Card:
+    """A run's card, ready to be written. Raises UserError at once when its template cannot be used."""
+
+    def __init__(self, run: Path, facts: dict, step: int, spec: ModelSpec, is_adapter: bool):
+        self.recipe = Recipe.load(run / RECIPE_FILE)
+        self.base = base_of(self.recipe)
+        self._run, self._facts, self._step, self._spec, self._is_adapter = run, facts, step, spec, is_adapter
+        self._template = _template(self.recipe.card.template)
+        self.text("model", is_fp8=False)  # a template that names what is not there is found before anything is written
+
+    def text(self, name: str, is_fp8: bool) -> str:
+        """README.md of a model called `name`."""
+        try:
+            text = self._template.render(**self._variables(name, is_fp8))
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"card.template: {self.recipe.card.template}: {error}.") from error
+        return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+    def write(self, directory: Path, name: str) -> None:
+        """Put README.md and curves.svg into a directory that holds the model already."""
+        is_fp8 = "quantization_config" in _json(directory / "config.json")
+        (directory / CARD).write_text(self.text(name, is_fp8), encoding="utf-8")
+        (directory / CURVES).write_text(draw(self._metrics()), encoding="utf-8")
+
+    def _metrics(self) -> list[dict]:
+        return [line for line in read_metrics(self._run) if line["step"] <= self._step]
+
+    def _variables(self, name: str, is_fp8: bool) -> dict:
+        what = f"LoRA r {self._facts['lora']['r']}" if self._facts["lora"] else "all weights"
+        kind = "A PEFT adapter for" if self._is_adapter else "Fine-tuned from"
+        precision = ", in FP8" if is_fp8 else ""
+        mtp = self._mtp()
+        return {
+            "name": name,
+            "base_model": self.base.name,
+            "is_adapter": self._is_adapter,
+            "what_it_is": f"{kind} {self.base.name} ({what}{precision}, step {self._step}) with glm45_tune.",
+            "front_matter": self._front_matter(is_fp8),
+            "serve": serving(name, self._spec, is_fp8, speculate=bool(mtp["trained"])),
+            "mtp": mtp,
+            "evaluation": self._evaluation(),
+            "training": {"said": self._training()},
+            "recipe": _without_paths(self.recipe),
+            "data": self._data(),
+            "hardware": _hardware(self._facts.get("hardware")),
+            "versions": self._facts.get("versions") or {},
+        }
+
+    def _front_matter(self, is_fp8: bool) -> str:
+        card = self.recipe.card
+        hub = [s.path for s in sources_of(self.recipe.data.train) if s.path.startswith(("hf:", "ms:"))]
+        datasets = [name[3:].partition("#")[0].partition("@")[0].partition(":")[0] for name in hub]
+        document = {
+            "base_model": self.base.name,
+            "base_model_relation": "adapter" if self._is_adapter else "finetune",
+            "library_name": "peft" if self._is_adapter else "transformers",
+            "pipeline_tag": "text-generation",
+            "license": self.base.license,
+            "language": self.base.language,
+            "datasets": list(dict.fromkeys([*card.datasets, *datasets])),
+            "tags": [
+                "glm4_moe",
+                "glm45_tune",
+                "lora" if self._facts["lora"] else "full",
+                self.recipe.kind,
+                *["fp8"] * is_fp8,
+                *card.tags,
+            ],
+        }
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+    def _mtp(self) -> dict:
+        if not self._spec.mtp_num_layers:
+            return {"trained": None, "said": ""}
+        if self._facts["mtp"]:
+            weight = self.recipe.model.mtp_loss_scaling_factor
+            said = f"The MTP layer was trained along (loss weight {weight}), so it drafts what this model says."
+            return {"trained": True, "said": said}
+        said = (
+            "The MTP layer is stale: it is the base's, left out of this training. Speculation with it gives the same answers, "
+            "but fewer of its drafts are accepted the further this model has moved from its base."
+        )
+        return {"trained": False, "said": said}
+
+    def _training(self) -> str:
+        metrics = self._metrics()
+        what = f"LoRA (r {self._facts['lora']['r']})" if self._facts["lora"] else "All weights"
+        if not metrics:
+            return f"{what}, {self._step} steps."
+        seconds = sum(line.get("perf/step_seconds", 0) for line in metrics)
+        tokens = sum(line.get("train/tokens", 0) for line in metrics)
+        found = {said: [line[key] for line in metrics if key in line] for key, said in _FIRST_TO_LAST.items()}
+        moved = [f"{said} {values[0]:.4g} → {values[-1]:.4g}" for said, values in found.items() if values]
+        return f"{what}, {self._step} steps, {tokens:,.0f} tokens in {_clock(seconds)}. {', '.join(moved).capitalize()}."
+
+    def _data(self) -> dict:
+        facts = self._facts.get("data") or {"train": [], "eval": []}
+        lines = ["| file | use | bytes | sha256 |", "| --- | --- | --- | --- |"]
+        for use, files in (("training", facts["train"]), ("held out", facts["eval"])):
+            for file in files:
+                often = f" × {file['weight']:g}" if file["weight"] != 1 else ""
+                size, digest = (f"{file['bytes']:,}", f"`{file['sha256']}`") if "sha256" in file else ("", "not a file")
+                lines.append(f"| {file['name']} | {use}{often} | {size} | {digest} |")
+        said = ""
+        if "rows" in facts:
+            said = (
+                f"{facts['rows']:,} rows gave {facts['samples']:,} samples of {facts['tokens']:,} tokens, "
+                f"{facts['trained_tokens']:,.0f} of them trained"
+            )
+            said += "".join(f"; {count} {what}" for what, count in facts["left_out"].items() if count)
+            said += f"; {facts['held_out']:,} samples held out." if facts["held_out"] else "."
+        elif facts.get("streamed"):
+            said = "Read as a stream, not counted."
+        return {"table": "\n".join(lines), "said": said}
+
+    def _evaluation(self) -> dict | None:
+        """Of this step's evaluations, those of the run's own eval.json: scores, not what was asked or said."""
+        path = self._run / EVALUATION
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        found = [entry for entry in found if entry["step"] == self._step]
+        if not found:
+            return None
+        lines = ["| data | questions | model | exact | non-thinking | calls valid | perplexity |", "| --- " * 7 + "|"]
+        for entry in found:
+            for which in ("base", "tuned"):
+                score = entry[which]
+                calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%}"
+                shares = f"{score['exact']:.0%} | {score['non_thinking']:.0%} | {calls} | {score['perplexity']:.4g}"
+                lines.append(f"| {entry['data']} | {score['num_questions']} | {which} | {shares} |")
+        hashes = ", ".join(f"{entry['data']} is sha256 `{entry['sha256']}`" for entry in found)
+        modes = {entry["think"] for entry in found} - {None}
+        thinking = " and ".join("on" if mode else "off" for mode in sorted(modes))
+        return {"table": "\n".join(lines), "about": hashes + ".", "thinking": thinking, "entries": found}
+
+
+def _template(path: str | None) -> jinja2.Template:
+    loader = jinja2.PackageLoader("glm45_tune.hub", "")
+    environment = ImmutableSandboxedEnvironment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    if path is None:
+        return environment.get_template("card.md")
+    try:
+        return environment.from_string(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+        raise UserError(f"card.template: {path}: cannot be used: {error}.") from error
+
+
+def _without_paths(recipe: Recipe) -> str:
+    """The recipe as YAML, less its defaults; of a path only the last name, since directories are nobody else's business."""
+    document = recipe.model_dump(exclude_defaults=True)
+    document.pop("card", None)
+    document["model"]["path"] = Path(recipe.model.path).name
+    document["output_dir"] = Path(recipe.output_dir).name
+    for key in ("train", "eval"):
+        if sources := document["data"].get(key):
+            named = [(_last_name(s.path), s.weight) for s in sources_of(sources)]
+            short = [name if weight == 1 else {"path": name, "weight": weight} for name, weight in named]
+            document["data"][key] = short[0] if isinstance(sources, str) else short
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _last_name(source: str) -> str:
+    return source if source.startswith(("hf:", "ms:")) else Path(source).name
+
+
+def _front_matter(path: Path) -> dict:
+    """What stands between the first two `---` of a card, if there is one that can be read."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        found = yaml.safe_load(text[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _hardware(facts: dict | None) -> str:
+    return f"{facts['ranks']} × {facts['device']}; {facts['layout']}" if facts else "Not recorded"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

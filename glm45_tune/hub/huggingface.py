@@ -1,0 +1,128 @@
+"""A model repository on Hugging Face, or on whatever hub HF_ENDPOINT names, through huggingface_hub."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import httpx
+from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, constants, get_token, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
+
+from glm45_tune.hub.hub import (
+    BROKEN,
+    CHUNK,
+    DENIED,
+    MISSING,
+    NONSENSE,
+    QUOTA,
+    REFUSED,
+    TAKEN,
+    Fault,
+    LocalFile,
+    RemoteFile,
+    kind_of_status,
+    patiently,
+    tells_of_quota,
+)
+
+_HOME = "https://huggingface.co"
+
+
+class HuggingFace:
+    """A Hub."""
+
+    title = "Hugging Face"
+    login = "Set HF_TOKEN, or log in with `hf auth login`."
+
+    def __init__(self, repo: str, revision: str):
+        endpoint = os.environ.get("HF_ENDPOINT", _HOME).rstrip("/")
+        self.repo, self.revision, self.token = repo, revision, get_token()
+        self.url = f"{endpoint}/{repo}"
+        self._api = HfApi(endpoint=endpoint, token=self.token, library_name="glm45_tune")
+        self._exists = False
+        if endpoint != _HOME:
+            constants.HF_HUB_DISABLE_XET = True  # only Hugging Face's own storage speaks it; all others speak git LFS
+        logging.set_verbosity_error()  # what fails is said once, by us
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+
+    def visibility(self) -> str | None:
+        try:
+            info = self._ask(lambda: self._api.repo_info(self.repo))
+        except Fault as fault:
+            if fault.kind == MISSING:
+                return None
+            raise
+        self._exists = True
+        return "public" if info.private is False else "private"
+
+    def create(self, private: bool) -> None:
+        if not self._exists:
+            try:
+                self._ask(lambda: self._api.create_repo(self.repo, private=private))
+            except Fault as fault:
+                if fault.kind != TAKEN:
+                    raise
+                self._exists = True
+        if self.revision != constants.DEFAULT_REVISION:
+            self._ask(lambda: self._api.create_branch(self.repo, branch=self.revision, exist_ok=True))
+
+    def listing(self) -> dict[str, RemoteFile]:
+        entries = self._ask(lambda: list(self._api.list_repo_tree(self.repo, recursive=True, revision=self.revision)))
+        return {
+            entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        }
+
+    def commit(self, files: list[LocalFile], message: str) -> str:
+        # one commit, so that what others see is never half a model; made anew for each try, which finds what has arrived
+        def send() -> str:
+            operations = [CommitOperationAdd(file.name, str(file.path)) for file in files]
+            return self._api.create_commit(self.repo, operations, commit_message=message, revision=self.revision).oid
+
+        return self._ask(send)
+
+    def _ask[Result](self, call: Callable[[], Result]) -> Result:
+        def once() -> Result:
+            with self._faults():
+                return call()
+
+        return patiently(once)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        url = hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._api.endpoint)
+        headers = build_hf_headers(token=self.token)
+        with self._faults(), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            if response.status_code != 200:
+                raise Fault(kind_of_status(response.status_code, ""), f"{response.status_code} for {name}")
+            yield from response.iter_bytes(CHUNK)
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """What the client raises, as a Fault."""
+        try:
+            yield
+        except HFValidationError as error:
+            raise Fault(REFUSED, str(error)) from error
+        except HfHubHTTPError as error:
+            raise self._of_status(error) from error
+        except (httpx.TransportError, ConnectionError, TimeoutError) as error:
+            raise Fault(BROKEN, f"{type(error).__name__}: {error}") from error
+        except RuntimeError as error:  # of one file among several; the cause is the HTTP error
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise self._of_status(error.__cause__) from error
+            if isinstance(error.__cause__, httpx.TransportError | ConnectionError | TimeoutError):
+                raise Fault(BROKEN, f"{error} {error.__cause__}") from error
+            raise Fault(NONSENSE, f"{error} {error.__cause__ or ''}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, httpx.HTTPError) as error:
+            said = f"{type(error).__name__}: {error}"
+            kind = QUOTA if tells_of_quota(said) else REFUSED if "Invalid metadata in README.md" in said else NONSENSE
+            raise Fault(kind, said) from error
+
+    def _of_status(self, error: HfHubHTTPError) -> Fault:
+        said = error.server_message or error.response.text[:200]
+        kind = kind_of_status(error.response.status_code, said)
+        return Fault(TAKEN if self._exists and kind in (DENIED, MISSING) else kind, said)

@@ -1,0 +1,116 @@
+"""eval: what it counts is what was said, and a run's base and tuned model score what those models score by themselves."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+from glm45_tune.chat.model import ChatModel
+from glm45_tune.data.chat import ChatRenderer, load_tokenizer
+from glm45_tune.recipe import DataConfig
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Questions of different lengths, one with tools, one whose answer counts half."""
+    path = tmp_path_factory.mktemp("asked") / "asked.jsonl"
+    rows = []
+    for number in range(5):
+        answer = {"role": "assistant", "content": "答案 " * (number + 1), "reasoning_content": "想。" * (number % 2)}
+        rows.append({"messages": [{"role": "user", "content": f"第{number}个问题。" * (number + 1)}, answer]})
+    rows[1]["messages"][1]["loss_scale"] = 0.5
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    rows.append({"messages": [rows[0]["messages"][0], {"role": "assistant", "tool_calls": [call]}], "tools": TOOLS})
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def perplexity(directory, path, **options) -> float:
+    """By transformers' own logits, one conversation at a time, in fp32 sums."""
+    renderer = ChatRenderer(load_tokenizer(directory), DataConfig(train="-", seq_length=4096, **options))
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto").eval()
+    loss = weight = 0.0
+    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        (sample,) = renderer.render(json.loads(text), "f", line).samples
+        ids, mask = torch.tensor(sample.input_ids, dtype=torch.long), torch.tensor(sample.loss_mask)
+        with torch.no_grad():
+            logprobs = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+        loss -= (logprobs.gather(1, ids[1:, None])[:, 0] * mask[1:]).sum().item()
+        weight += mask[1:].sum().item()
+    return math.exp(loss / weight)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_and_its_base_score_what_they_score_alone(request, kind, checkpoints, asked, tmp_path, cli):
+    run, base = request.getfixturevalue(f"{kind}_run"), checkpoints["air" if kind == "lora" else "355b"]
+    common = ("--data", asked, "--max-new-tokens", 6, "--json")
+    code, out, err = cli("eval", run, *common)
+    assert code == 0, err
+    before, after = json.loads(out)
+    assert before["model"].endswith("base") and after["model"].endswith("tuned") and before["num_questions"] == 6
+    assert cli("export", run, "--output", tmp_path / "tuned")[0] == 0
+    for alone, beside in zip(json.loads(cli("eval", base, tmp_path / "tuned", *common)[1]), (before, after), strict=True):
+        if kind == "full" or beside is before:  # of LoRA, PEFT and our export round sums differently
+            assert alone["rows"] == beside["rows"]
+        assert alone["perplexity"] == pytest.approx(beside["perplexity"], rel=5e-3)
+        directory = base if beside is before else tmp_path / "tuned"
+        assert alone["perplexity"] == pytest.approx(perplexity(directory, asked), rel=5e-3)  # bf16, batched otherwise
+    assert after["perplexity"] < 0.9 * before["perplexity"]  # it was trained on such text
+    assert not list(run.glob(".eval_*"))
+
+    (kept,) = [entry for entry in json.loads((run / "eval.json").read_text()) if entry["data"] == asked.name]
+    assert kept["think"] is None and kept["tuned"]["rows"] and kept["sha256"]
+    assert cli("eval", run, *common)[0] == 0  # in the place of the first
+    assert len([e for e in json.loads((run / "eval.json").read_text()) if e["data"] == asked.name]) == 1
+    assert cli("export", run, "--output", tmp_path / "tuned")[0] == 0
+    card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
+    assert f"| {asked.name} | 6 | tuned | 0% |" in card and kept["sha256"] in card
+    (run / "eval.json").unlink()
+
+
+def test_what_is_said_is_what_is_counted(checkpoints, asked, cli, monkeypatch):
+    """Six answers made by hand: a thought, the right text, the right call, a call to no tool, nothing, the wrong text."""
+    from glm45_tune.chat.answers import Answer
+
+    said = [
+        "\n<think>hm</think>\n答案",
+        "\n答案 答案 ",
+        "\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        "",
+        "\n答案",
+        "\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    ]
+    monkeypatch.setattr(ChatModel, "generate", lambda self, prompts, most: [Answer(text) for text in said])
+    code, out, _ = cli("eval", checkpoints["air"], "--data", asked, "--json")
+    (score,) = json.loads(out)
+    assert code == 0 and score["exact"] == 3 / 6 and score["thinks"] == 1 / 6 and score["non_thinking"] == 5 / 6
+    assert score["num_calls"] == 2 and score["valid_calls"] == 1 / 2  # the third question has no tools
+    assert [row["exact"] for row in score["rows"]] == [True, True, False, False, False, True]
+
+
+def test_what_cannot_be_evaluated_is_one_sentence(lora_run, checkpoints, asked, tmp_path, cli):
+    from glm45_tune.hub.export import export
+
+    export(lora_run, tmp_path / "adapter", adapter_only=True)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    air, adapter = checkpoints["air"], tmp_path / "adapter"
+    for arguments, words in (
+        ((air, "--data", bad), "bad.jsonl:1: the last message must be the assistant's"),
+        ((air, "--data", tmp_path / "none.jsonl"), "no such"),
+        ((checkpoints["air-other"], "--data", asked, "--adapter", adapter), "is another model"),
+        ((lora_run, "--data", asked, "--adapter", adapter), "has an adapter of its own"),
+        ((lora_run, "--data", asked, "--step", "3"), "no complete checkpoint of step 3"),
+        ((air, "--data", asked, "--device-map", "nowhere"), "device_map nowhere"),
+    ):
+        code, _, err = cli("eval", *arguments)
+        assert code == 2 and words in err and "Traceback" not in err, err
