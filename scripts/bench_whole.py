@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 scripts/bench_whole.py [--row packed|one] [--tokens 8192] [--recompute-layers 26] [-r 32]
 
-Expert parallel over all ranks. Every rank trains `--rows` rows of `--tokens` a step: documents of log-normal lengths, or one
-document. `--like tiny` runs the same on CPU ranks. `--profile` also prints where one step's GPU time goes.
+Expert parallel over all ranks, or over `--expert-parallel` of them. Every rank trains `--rows` rows of `--tokens` a step: documents
+of log-normal lengths, or one document. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny` runs
+the same on CPU ranks. `--profile` also prints where one step's GPU time goes. The planner's memory stands beside the measured.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from glm45_tune.data.batch import Batch
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
+from glm45_tune.plan.memory import Model as PlannedMemory
 from glm45_tune.recipe import Recipe
 
 TINY = dataclasses.replace(
@@ -70,11 +72,17 @@ def row_of(tokens: int, packed: bool, vocab_size: int, seed: int) -> Batch:
     bounds = documents(tokens, packed)
     weights = torch.ones(1, tokens)
     weights[0, [edge - 1 for edge in bounds[1:]]] = 0.0
-    return Batch(ids, positions_of(bounds, "cpu"), bounds, ids.roll(-1)[None], weights)
+    owners = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.tensor(bounds).diff())
+    return Batch(
+        ids, positions_of(bounds, "cpu"), bounds, ids.roll(-1)[None], weights, sequence=owners, num_samples=len(bounds) - 1
+    )
 
 
-def teraflop(spec, bounds: list[int]) -> float:
-    """Of a row, forward and backward under LoRA: 4 · active parameters · tokens, and causal attention at 3.5 times its forward."""
+def teraflop(spec, bounds: list[int], full: bool) -> float:
+    """Of a row, forward and backward: 4 (all weights trained: 6) · active parameters · tokens, and causal attention at 3.5 times its
+
+    forward. Recompute is not counted.
+    """
     head = spec.num_attention_heads * spec.kv_channels
     attention = spec.hidden_size * (2 * head + 2 * spec.num_query_groups * spec.kv_channels)
     experts = 3 * spec.hidden_size * spec.moe_ffn_hidden_size * (spec.moe_router_topk + spec.num_shared_experts)
@@ -83,7 +91,7 @@ def teraflop(spec, bounds: list[int]) -> float:
     active = spec.num_layers * attention + spec.num_dense_layers * dense + moe_layers * experts
     active += spec.hidden_size * spec.vocab_size
     pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
-    return (4 * active * bounds[-1] + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
+    return ((6 if full else 4) * active * bounds[-1] + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
 
 
 def profile(step) -> None:
@@ -110,6 +118,8 @@ def main() -> None:
     )
     parser.add_argument("-r", type=int, default=32)
     parser.add_argument("--targets", default="linear_qkv,linear_proj", help="or all-linear")
+    parser.add_argument("--full", action="store_true", help="train all weights")
+    parser.add_argument("--expert-parallel", type=int, help="ranks that share the experts; all by default")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
@@ -121,17 +131,25 @@ def main() -> None:
     if arguments.recompute_layers:
         train |= {"recompute_granularity": "full", "recompute_method": "block"}
         train |= {"recompute_num_layers": arguments.recompute_layers, "recompute_modules": arguments.rest}
+    expert_ranks = arguments.expert_parallel or ranks
+    lora = {"lora": {"r": arguments.r, "lora_alpha": 2 * arguments.r, "target_modules": targets}}
+    lean = {
+        "exp_avg_dtype": "bf16",
+        "exp_avg_sq_dtype": "bf16",
+        "main_grads_dtype": "bf16",
+        "optimizer_offload_fraction": 1.0,
+    }
     recipe = Recipe.from_dict(
         {
             "model": {"path": "random", "params_dtype": "bf16"},
             "data": {"train": "none.jsonl", "seq_length": arguments.tokens},
-            "lora": {"r": arguments.r, "lora_alpha": 2 * arguments.r, "target_modules": targets},
-            "parallel": {"expert_model_parallel_size": ranks},
+            "parallel": {"expert_model_parallel_size": expert_ranks, "world_size": ranks},
             "train": train,
             "output_dir": "none",
+            **({"optimizer": lean} if arguments.full else lora),
         }
     )
-    layout = Layout(expert_model_parallel_size=ranks, world_size=ranks)
+    layout = recipe.parallel.layout()
     runtime.start(layout)
     begin = time.perf_counter()
     trainer = Trainer(recipe, layout, RandomWeights(spec))
@@ -155,19 +173,22 @@ def main() -> None:
     if dist.get_rank() == 0:
         seconds = statistics.median(times)
         tokens = arguments.tokens * arguments.rows
-        work = sum(teraflop(spec, batch.bounds) for batch in batches)
+        work = sum(teraflop(spec, batch.bounds, arguments.full) for batch in batches)
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
-        print(f"{arguments.like}, {ranks} × {card}, EP {ranks}, {arguments}, built in {built:.0f} s")
+        print(f"{arguments.like}, {ranks} × {card}, EP {expert_ranks}, {arguments}, built in {built:.0f} s")
         print(
             f"{seconds:.3f} s a step, {tokens / seconds:,.0f} tokens/s/GPU, {work / seconds:.0f} TFLOP/s/GPU "
             f"({work / seconds / 989:.0%} of 989), peak {peak:.1f} GiB, loss {result.losses[0]:.4f}, "
             f"steps {np.round(times, 3).tolist()}",
             flush=True,
         )
+        print(f"planned peak {PlannedMemory(spec, layout, recipe).all_stages()[0].peak / 2**30:.1f} GiB")
         if torch.cuda.is_available():
             free, whole = torch.cuda.mem_get_info()
-            print(f"on the card {(whole - free) / 2**30:.1f} GiB, of them torch's {torch.cuda.memory_reserved() / 2**30:.1f}")
+            print(
+                f"on the card {(whole - free) / 2**30:.1f} GiB, of them torch's {torch.cuda.memory_reserved() / 2**30:.1f}"
+            )
         if arguments.profile:
             profile(step)
     elif arguments.profile:

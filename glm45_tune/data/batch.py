@@ -35,7 +35,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         names = ("tokens", "positions", "labels", "weights", "sequence")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {name: tensor.to(device, non_blocking=True) for name in names if (tensor := getattr(self, name)) is not None}
         along = {name: values.to(device, non_blocking=True) for name, values in self.along.items()}
         return replace(self, **moved, along=along, share=self.share and self.share.to(device))
 
