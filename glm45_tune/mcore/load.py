@@ -23,18 +23,19 @@ def load_weights(model, source: HfReader) -> None:
     table = {row.hybrid: row for row in rows(source.spec)}
     for shard in sharded_tensors(model):
         if ".adapter." not in shard.key:
-            shard.data.copy_(_read(source, table[shard.key], shard.global_offset, shard.local_shape))
+            _fill(shard.data, source, table[shard.key], shard.global_offset, shard.local_shape)
 
 
-def _read(source: HfReader, row: Row, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+def _fill(target: torch.Tensor, source: HfReader, row: Row, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if isinstance(source, McoreDir):
-        return source.read_key(row.name(source.dialect), offset, shape)
-    if row.num_experts is None:
-        return _read_one(source, row, offset, shape, None)
-    experts = range(offset[0], offset[0] + shape[0])
-    return torch.stack([_read_one(source, row, offset[1:], shape[1:], expert) for expert in experts])
+        target.copy_(source.read_key(row.name(source.dialect), offset, shape))
+    elif row.num_experts is None:
+        target.copy_(_read(source, row, offset, shape, None))
+    else:
+        for number in range(shape[0]):
+            target[number].copy_(_read(source, row, offset[1:], shape[1:], offset[0] + number))
 
 
-def _read_one(source: HfReader, row: Row, offset, shape, expert: int | None) -> torch.Tensor:
+def _read(source: HfReader, row: Row, offset, shape, expert: int | None) -> torch.Tensor:
     columns = slice(offset[1], offset[1] + shape[1]) if len(shape) == 2 else ALL
     return read_row(row, source, offset[0], offset[0] + shape[0], expert, columns)

@@ -5,6 +5,7 @@ rope, mask, router or weight moves logits by 1e-2 and more (the broken twins).
 """
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -122,12 +123,45 @@ def test_the_first_loss_is_transformers_masked_cross_entropy(checkpoints, corpus
     assert abs(loss / masked_cross_entropy(reference, samples, shift=0) - 1) > 1e-4  # the twin: a mask one place off
 
 
-def test_verify_forward_agrees_and_sees_another_model(checkpoints, cli):
-    code, out, _ = cli("verify", checkpoints["air"], checkpoints["air"], "--forward", "--json")
-    report = json.loads(out)
-    assert code == 0 and report["equal"] and set(report["differences"]) == {"layer 0", "layer 1", "layer 2", "logits"}
+@pytest.mark.parametrize("like", ["air", "355b"])
+def test_verify_forward_agrees(checkpoints, like, cli):
+    code, out, _ = cli("verify", checkpoints[like], checkpoints[like], "--forward", "--json")
+    report, layers = json.loads(out), {"air": 3, "355b": 5}[like]
+    assert code == 0 and report["equal"]
+    assert list(report["differences"]) == ["embedding", *(f"layer {n}" for n in range(layers)), "logits"]
+    assert list(report["router"]) == ["layer 1", "layer 2"] if like == "air" else ["layer 3", "layer 4"]
+    assert max(report["differences"].values()) < 2e-6 and max(report["router"].values()) == 0
+
+
+def test_verify_forward_sees_another_model(checkpoints, cli):
     code, out, err = cli("verify", checkpoints["air"], checkpoints["air-other"], "--forward", "--json")
     assert code == 3 and not json.loads(out)["equal"] and "differ" in err
+
+
+def test_verify_forward_holds_one_layer_of_each(checkpoints, monkeypatch):
+    """The fault of a layer shows at that layer alone, and no two layers of a kind live at once."""
+    from glm45_tune.conversion.hf_files import HfDir
+    from glm45_tune.mcore import forward
+
+    living, most = [], []
+    real = forward._Decoder.__init__
+
+    def counted(self, spec):
+        real(self, spec)
+        living.append(weakref.ref(self))
+        most.append(sum(reference() is not None for reference in living))
+
+    monkeypatch.setattr(forward._Decoder, "__init__", counted)
+
+    class Shifted(HfDir):
+        def read(self, name, *where):
+            tensor = super().read(name, *where)
+            bias = name == "model.layers.1.mlp.gate.e_score_correction_bias"
+            return tensor + torch.arange(len(tensor)) / 10 if bias else tensor
+
+    report = forward.compare_forward(HfDir(checkpoints["air"]), Shifted(checkpoints["air"]))
+    assert report.router["layer 1"] > 0.5 and report.router["layer 2"] == 0 and not report.equal
+    assert report.differences["layer 2"] < 2e-6 and max(most) == 1
 
 
 def _token_losses(model, samples):
