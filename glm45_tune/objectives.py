@@ -66,6 +66,8 @@ class EngineConfig(Section):
 
     again, or is started anew with where that gives other log-probabilities than the trainer's.
     """
+    probe_tolerance: PositiveFloat = 0.02
+    """Largest mean difference between server's and trainer's log-probabilities of the tokens that every new set of weights is tried on."""
     timeout_seconds: PositiveFloat = 600.0
     """Longest wait for an answer, after which the server counts as hung."""
     retries: Annotated[int, Field(ge=0)] = 2
@@ -81,6 +83,11 @@ class EngineConfig(Section):
             raise ValueError("engine local runs in the training ranks; leave urls and command out")
         if self.kind != "local" and bool(self.urls) == bool(self.command):
             raise ValueError(f"engine {self.kind} needs either urls of running servers or a command that starts one")
+        if self.kind == "vllm" and self.urls and self.sync == "directory":
+            raise ValueError(
+                "vllm at urls cannot be given a directory: it takes whole weights by a new start alone, which is not ours to "
+                "make; use sync: lora, or a command"
+            )
         return self
 
 
@@ -179,6 +186,12 @@ def _check_rl(recipe) -> None:
         raise ValueError("rl.kl_coef needs lora: the distance is to the model without its adapter")
     if recipe.lora and recipe.lora.lora_dropout:
         raise ValueError("lora.lora_dropout draws another policy for every update; set it to 0 beside rl")
+    if rl.engine.kind != "local" and rl.engine.sync == "lora" and recipe.lora is None:
+        raise ValueError("rl.engine.sync lora needs a lora section; set it to directory to serve whole weights")
+    if rl.router_replay == "engine" and rl.engine.kind == "sglang":
+        raise ValueError(
+            "rl.router_replay engine: this client cannot read experts from sglang; use trainer, or another engine"
+        )
     if rl.max_new_tokens >= recipe.data.seq_length:
         raise ValueError(
             f"rl.max_new_tokens {rl.max_new_tokens} leaves no room for a prompt in data.seq_length {recipe.data.seq_length}"

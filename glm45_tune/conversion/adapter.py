@@ -29,14 +29,18 @@ _BLOCK_ROWS = 512
 _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
 
 
-def write_peft(
-    checkpoint: Path, config: LoraConfig, base: HfReader, output: Path, beside: Beside = nothing, base_name: str | None = None
-) -> None:
-    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`.
+def write_peft(checkpoint: Path, config: LoraConfig, base: HfReader, output: Path, **how: object) -> None:
+    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`. how: see `write_peft_of`."""
+    write_peft_of(TorchDistFiles(checkpoint), config, base, output, **how)
 
-    beside: adds files to it. base_name: what the base is called on a hub; its directory stands there otherwise.
+
+def write_peft_of(
+    files, config: LoraConfig, base: HfReader, output: Path, beside: Beside = nothing, base_name: str | None = None
+) -> None:
+    """The same of tensors wherever they are: `files.tensors` are megatron's names, `files.read_key(name)` gives one whole.
+
+    beside: adds files to the directory. base_name: what the base is called on a hub; its directory stands there otherwise.
     """
-    files = TorchDistFiles(checkpoint)
     table = {row.hybrid.removesuffix(".weight"): row for row in rows(base.spec)}
     pairs: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
     for key in files.tensors:

@@ -31,3 +31,25 @@ class WithoutMtp:
 
     def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
         return self.base.read(name, first, last, columns)
+
+
+class InFp32:
+    """An HfReader: `base` in fp32 whatever it is stored in, so that what is added to its weights is not rounded to bf16."""
+
+    def __init__(self, base: HfReader):
+        self.base, self.spec, self.path, self.names, self.config = base, base.spec, base.path, base.names, base.config
+
+    def __reduce__(self):
+        return InFp32, (self.base,)
+
+    def stamp(self) -> object:
+        return [self.base.stamp(), "in fp32"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
+        return self.base.read(name, first, last, columns).float()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,7 +19,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from glm45_tune.conversion.patterns import frozen
 from glm45_tune.conversion.tensors import HfReader
-from glm45_tune.data.batch import Batch
+from glm45_tune.data.batch import Batch, collate
+from glm45_tune.data.chat import Sample
 from glm45_tune.data.context import shares
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import chunks, lora, optimizer, runtime
@@ -191,6 +193,14 @@ class Trainer:
         """Whether this is the one of a sample's ranks that reports what `log_probabilities` says of it."""
         is_first = self.reports_row and parallel_state.get_tensor_model_parallel_rank() == 0
         return is_first and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probability of each token but the first, on every rank."""
+        sample = Sample(np.array(token_ids, np.int32), np.ones(len(token_ids), np.float32), "", 0)
+        batch = collate([sample], self.num_predictions, self.pad_multiple, 0)
+        found = self.log_probabilities([batch] * self._layout.microbatch_multiple)[0].to(runtime.device())
+        dist.all_reduce(found, group=parallel_state.get_pipeline_model_parallel_group())  # only the last stage has any
+        return found[: len(token_ids) - 1].tolist()
 
     def routes_taken(self) -> list[dict[int, torch.Tensor]]:
         """For each batch of the last `log_probabilities` the experts that this rank's routers sent its tokens to, see `Batch.routes`."""

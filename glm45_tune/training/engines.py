@@ -1,13 +1,27 @@
 """Who writes the answers of a rollout, as the training ranks see it: every rank asks, every rank gets every answer."""
 
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch.distributed as dist
 
+from glm45_tune.conversion.adapter import Merged, write_peft_of
+from glm45_tune.conversion.stream import to_hf
+from glm45_tune.conversion.views import InFp32
+from glm45_tune.errors import UserError
 from glm45_tune.mcore.generate import Writer
+from glm45_tune.mcore.live import LiveModel, LiveTensors, on_first_rank
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.rl.engine import Completion, Request
+from glm45_tune.rl.servers import Servers
 from glm45_tune.training.prepare import Job
+
+PROBE_TOKENS = 64
 
 
 class Engine(Protocol):
@@ -16,6 +30,9 @@ class Engine(Protocol):
 
     def synchronise(self, version: int) -> None:
         """From now on write with the trainer's weights as they stand, which are `version`."""
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of a step."""
 
     def close(self) -> None:
         """Called once, at the end."""
@@ -42,11 +59,90 @@ class LocalEngine:
     def synchronise(self, version: int) -> None:
         self._version = version
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         pass
 
 
-def on_first(work) -> object:
+class ServedEngine:
+    """Servers that the first rank speaks to, see `rl/servers.py`. Every new set of weights is tried on tokens that the trainer knows."""
+
+    def __init__(self, job: Job, trainer: Trainer):
+        recipe, spec = job.recipe, job.source.spec
+        self._job, self._trainer, self._config = job, trainer, recipe.rl.engine
+        self._version: int | None = None
+        self._home = job.run / "engine"
+        self._gap = 0.0
+        self._probe = (job.train.samples[0].input_ids.tolist() * 2)[:PROBE_TOKENS]
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._home, ignore_errors=True)
+            self._home.mkdir()
+            stops, log = list(spec.eos_token_ids), self._home / "server.log"
+            self._servers = Servers(self._config, recipe.model.path, recipe.rl.temperature, stops, log)
+
+    def generate(self, requests: list[Request], seed: int) -> list[Completion]:
+        return on_first(lambda: self._servers.generate(requests, seed, self._version))
+
+    def synchronise(self, version: int) -> None:
+        if version == self._version:
+            return
+        directory = self._home / f"weights_{version}"
+        on_first_rank(self._trainer.module, partial(self._write, directory))
+        wanted = self._trainer.score(self._probe)
+        self._gap = on_first(lambda: self._load(directory, version, np.array(wanted)))
+        self._version = version
+
+    def metrics(self) -> dict[str, float]:
+        faults = on_first(lambda: dict(self._servers.faults))
+        return {"rl/sync_gap": self._gap} | {f"rl/engine_faults/{kind}": count for kind, count in faults.items()}
+
+    def close(self) -> None:
+        on_first(self._stop)
+
+    def _stop(self) -> None:
+        self._servers.stop()
+        for directory in self._home.glob("weights_*"):
+            shutil.rmtree(directory)
+
+    def _write(self, directory: Path, live: LiveTensors) -> None:
+        """The weights in training as a directory: the adapter alone, or a whole model."""
+        recipe, source = self._job.recipe, self._job.source
+        base = InFp32(source) if recipe.model.params_dtype == "fp32" else source  # served as it is trained
+        if recipe.lora is None:
+            to_hf(LiveModel(base, live), directory, verify=False, workers=1)
+        elif self._config.sync == "lora":
+            write_peft_of(live, recipe.lora, source, directory)
+        else:
+            with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
+                write_peft_of(live, recipe.lora, source, Path(holder) / "adapter")
+                to_hf(Merged(base, Path(holder) / "adapter"), directory, verify=False)
+
+    def _load(self, directory: Path, version: int, wanted: np.ndarray) -> float:
+        """Give the servers the weights and try them; a server of ours that thinks otherwise is started anew once."""
+        for anew in (False, True) if self._servers.is_ours else (False,):
+            if anew:
+                self._servers.faults["weights not taken"] += 1
+            if self._config.sync == "lora":
+                self._servers.stop() if anew else None
+                self._servers.load_adapter(f"weights_{version}", directory)
+            else:
+                self._servers.load_directory(directory, anew)
+            gaps = {url: float(np.abs(np.array(v) - wanted).mean()) for url, v in self._servers.score(self._probe).items()}
+            worst = max(gaps, key=gaps.get)
+            if gaps[worst] <= self._config.probe_tolerance:
+                for old in self._home.glob("weights_*"):
+                    if old != directory:
+                        shutil.rmtree(old)
+                return gaps[worst]
+        raise UserError(
+            f"rl.engine {worst}: gives log-probabilities {gaps[worst]:.4f} from the trainer's on the mean of {len(wanted)} tokens "
+            f"(rl.engine.probe_tolerance {self._config.probe_tolerance}): it serves another model, older weights, or computes otherwise."
+        )
+
+
+def on_first(work: Callable[[], object]) -> object:
     """What the first rank makes of `work()`, on every rank. What it raises is raised on every rank."""
     box: list = [None, None]
     if dist.get_rank() == 0:

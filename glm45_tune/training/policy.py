@@ -12,7 +12,7 @@ from glm45_tune.data.chat import Sample
 from glm45_tune.data.packing import BatchPlan, pack
 from glm45_tune.mcore.step import StepResult, Trainer
 from glm45_tune.rl.losses import answer_weights, divergence, importance_weights, policy_losses, sequence_ratios
-from glm45_tune.training.engines import LocalEngine
+from glm45_tune.training.engines import LocalEngine, ServedEngine
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.rollout import Answer, Roller, as_line
 from glm45_tune.training.schedule import learning_rate_of
@@ -27,7 +27,7 @@ class PolicyGradient:
 
     def __init__(self, job: Job, trainer: Trainer):
         self._job, self._trainer, self._rl = job, trainer, job.recipe.rl
-        self._engine = LocalEngine(job, trainer)
+        self._engine = (LocalEngine if self._rl.engine.kind == "local" else ServedEngine)(job, trainer)
         self._roller = Roller(job, self._engine)
         self._version = 0
 
@@ -45,6 +45,7 @@ class PolicyGradient:
         self._keep_samples(step, rollout.answers)
         return {
             **rollout.metrics,
+            **self._engine.metrics(),
             **self._replay_gaps(rollout.answers),
             **self._metrics(results),
             "train/learning_rate": lr,

@@ -1,0 +1,201 @@
+"""Servers that write answers: one of ours, started from the recipe, or several that run already; asked over HTTP, the least busy first.
+
+What goes wrong is counted by kind in `faults`. A server of ours that died or hangs is started again; an answer that cannot be what
+was asked for is asked for again, and in the end counts as aborted.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+from glm45_tune.errors import UserError
+from glm45_tune.objectives import EngineConfig
+from glm45_tune.rl.dialects import DIALECTS, BadAnswer, check
+from glm45_tune.rl.engine import Completion, Request
+
+# what a process of the job has and a server must not take for its own
+_OURS = (
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHDYNAMO_DISABLE",
+)
+
+
+class Servers:
+    """Used by one rank. Weights are what `load_directory` or `load_adapter` last gave."""
+
+    def __init__(self, config: EngineConfig, model: str, temperature: float, stop_ids: list[int], log: Path):
+        self._config, self._dialect = config, DIALECTS[config.kind]
+        self._temperature, self._stop_ids, self._log = temperature, stop_ids, log
+        self._model, self._adapter = model, None
+        self._process: subprocess.Popen | None = None
+        self.urls = list(config.urls)
+        self._busy: Counter = Counter()
+        self.faults: Counter = Counter()
+
+    # -- starting and stopping -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ours(self) -> bool:
+        return bool(self._config.command)
+
+    def start(self) -> None:
+        """Start the server of ours on the weights it is to have, and wait until it answers. Raises UserError."""
+        self.stop()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.urls = [f"http://127.0.0.1:{port}"]
+        command = [part.format(model=self._model, port=port) for part in self._config.command]
+        environment = {name: value for name, value in os.environ.items() if name not in _OURS}
+        try:
+            with open(self._log, "ab") as log:
+                self._process = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+                )
+        except OSError as error:
+            raise UserError(f"rl.engine.command: {command[0]} cannot be started: {error}.") from error
+        deadline = time.monotonic() + self._config.start_seconds
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise UserError(
+                    f"rl.engine: the server ended with code {self._process.returncode} before it answered: {self._log}."
+                )
+            if time.monotonic() > deadline:
+                self.stop()
+                raise UserError(f"rl.engine: the server did not answer within {self._config.start_seconds} s: {self._log}.")
+            time.sleep(0.2)
+        if self._adapter:
+            self._say(self.urls[0], *self._dialect.load_adapter(*self._adapter))
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(self.urls[0] + self._dialect.health, timeout=5).status_code == 200
+        return False
+
+    def stop(self) -> None:
+        """End the server of ours with all its helpers."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    # -- weights ---------------------------------------------------------------------------------------------------------------
+
+    def load_directory(self, directory: Path, anew: bool = False) -> None:
+        """Give every server the weights of a model directory: in place where its kind can, or by a new start."""
+        self._model = str(directory)
+        if self.is_ours and (anew or self._process is None or self._dialect.reload is None):
+            self.start()
+            return
+        for url in self.urls:
+            self._say(url, *self._dialect.reload(str(directory)))
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Give every server a LoRA adapter under a name it has not had, and let it forget the last one."""
+        last, self._adapter = self._adapter, (name, str(directory))
+        if self.is_ours and self._process is None:
+            self.start()
+            return
+        for url in self.urls:
+            self._say(url, *self._dialect.load_adapter(*self._adapter))
+            if last:
+                self._say(url, *self._dialect.drop_adapter(last[0]))
+
+    def score(self, token_ids: list[int]) -> dict[str, list[float]]:
+        """URL → what that server thinks of each token but the first."""
+        asked = self._dialect.score(token_ids, self._temperature, self._adapter and self._adapter[0])
+        return {url: self._dialect.scored(self._say(url, *asked), token_ids) for url in self.urls}
+
+    def _say(self, url: str, path: str, body: dict) -> dict:
+        try:
+            answer = httpx.post(url + path, json=body, timeout=self._config.timeout_seconds)
+        except httpx.HTTPError as error:
+            raise UserError(f"rl.engine {url}{path}: {type(error).__name__} {error}. Does the server run?") from error
+        if answer.status_code != 200:
+            raise UserError(f"rl.engine {url}{path}: status {answer.status_code}: {answer.text[:300]}")
+        with contextlib.suppress(json.JSONDecodeError):
+            found = answer.json()
+            if isinstance(found, dict) and found.get("success") is False:
+                raise UserError(f"rl.engine {url}{path}: {str(found)[:300]}")
+            return found
+        return {}
+
+    # -- answers ---------------------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: list[Request], seed: int, version: int) -> list[Completion]:
+        """An answer to each request. Raises UserError where no server can be reached any more."""
+        return asyncio.run(self._generate(requests, seed, version))
+
+    async def _generate(self, requests: list[Request], seed: int, version: int) -> list[Completion]:
+        room = asyncio.Semaphore(self._config.concurrency * len(self.urls))
+        self._restarting = asyncio.Lock()
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=self._config.timeout_seconds, limits=limits) as client:
+
+            async def one(number: int, request: Request) -> Completion:
+                async with room:
+                    return await self._ask(client, request, (seed * 1_000_003 + number) % 2**31, version)
+
+            return list(await asyncio.gather(*(one(number, request) for number, request in enumerate(requests))))
+
+    async def _ask(self, client: httpx.AsyncClient, request: Request, seed: int, version: int) -> Completion:
+        path, body = self._dialect.generate(
+            request, self._temperature, self._stop_ids, seed, self._adapter and self._adapter[0]
+        )
+        reason = ""
+        tried: set[str] = set()
+        for _ in range(self._config.retries + 1):
+            url = min(self.urls, key=lambda url: (url in tried, self._busy[url]))
+            tried.add(url)
+            self._busy[url] += 1
+            try:
+                answer = await client.post(url + path, json=body)
+                if answer.status_code != 200:
+                    raise BadAnswer(f"status {answer.status_code}: {answer.text[:200]}")
+                completion = self._dialect.completion(answer.json(), version)
+                check(completion, request, self._stop_ids)
+                return completion
+            except httpx.HTTPError as error:
+                kind = "hung" if isinstance(error, httpx.TimeoutException) else "unreachable"
+                self.faults[kind] += 1
+                reason = f"{url}: {type(error).__name__} {error}"
+                if self.is_ours:
+                    await self._start_again(url)
+            except (BadAnswer, KeyError, TypeError, ValueError) as error:
+                self.faults["bad answer"] += 1
+                reason = f"{url}: {type(error).__name__}: {error}"
+            finally:
+                self._busy[url] -= 1
+        if "BadAnswer" in reason or self.is_ours:
+            self.faults["given up"] += 1
+            return Completion([], [], "aborted", version)
+        raise UserError(f"rl.engine: no server answers after {self._config.retries + 1} tries; the last: {reason}.")
+
+    async def _start_again(self, url: str) -> None:
+        """Once for all requests that found the same server gone."""
+        async with self._restarting:
+            if self.urls == [url]:
+                self.faults["started again"] += 1
+                self.start()  # not in a thread: a server ends with the thread that started it
+
+
+def _end_with_parent() -> None:
+    """A server of ours ends when the process that started it does, however that ended (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
