@@ -32,32 +32,36 @@ class TwoWayCommunicator(P2PCommunicator):
         tensor_shape,
         wait_on_reqs: bool = True,
     ):
-        """Returns (activations from the previous stage, gradients from the next, None); each None where not asked for."""
-        forward = (tensor_send_next, self.next_rank, self.prev_rank if recv_prev else None, self.pp_group)
-        backward = (tensor_send_prev, self.prev_rank, self.next_rank if recv_next else None, self._backward_group)
-        shapes = [torch.empty(3, dtype=torch.int64, device=torch.cuda.current_device()) for _ in range(2)]
-        lengths = [
-            None if sent is None else torch.tensor(sent.shape, dtype=torch.int64, device=torch.cuda.current_device())
-            for sent in (tensor_send_next, tensor_send_prev)
-        ]
-        self._exchange([(length, *way[1:], shape) for length, way, shape in zip(lengths, (forward, backward), shapes)])
-        received = [
-            None
-            if way[2] is None
-            else torch.empty(
-                shape.tolist(), dtype=self.config.pipeline_dtype, device=torch.cuda.current_device(), requires_grad=True
-            )
-            for way, shape in zip((forward, backward), shapes)
-        ]
-        self._exchange([(*way, into) for way, into in zip((forward, backward), received)])
+        """Returns (activations from the previous stage, gradients from the next, None); each None where not asked for.
+
+        Lengths go ahead, for rows differ. Only a length that is needed is waited for before the tensors are on their way: whoever
+        waited for its own lengths to be taken could wait for a rank that is not there yet and waits itself for a tensor to be taken.
+        """
+        ways = (
+            (tensor_send_next, self.next_rank, self.prev_rank if recv_prev else None, self.pp_group),
+            (tensor_send_prev, self.prev_rank, self.next_rank if recv_next else None, self._backward_group),
+        )
+        device = torch.cuda.current_device()
+        shapes = [torch.empty(3, dtype=torch.int64, device=device) for _ in ways]
+        under_way, lengths = [], []
+        for (sent, *way), shape in zip(ways, shapes):
+            ours = None if sent is None else torch.tensor(sent.shape, dtype=torch.int64, device=device)
+            lengths.append(_exchange(ours, *way, shape))
+        received = []
+        for (sent, target, source, group), shape, requests in zip(ways, shapes, lengths):
+            into = None
+            if source is not None:
+                requests.pop().wait()  # a receive stands last, or all is one request
+                into = torch.empty(shape.tolist(), dtype=self.config.pipeline_dtype, device=device, requires_grad=True)
+            received.append(into)
+            under_way += requests + _exchange(sent, target, source, group, into)
+        for request in under_way:
+            request.wait()
         return *received, None
 
-    def _exchange(self, ways: list[tuple]) -> None:
-        """Each way: (what to send or None, to whom, from whom or None, group, into what)."""
-        requests = []
-        for sent, target, source, group, into in ways:
-            operations = [dist.P2POp(dist.isend, sent, target, group)] if sent is not None else []
-            operations += [dist.P2POp(dist.irecv, into, source, group)] if source is not None else []
-            requests += dist.batch_isend_irecv(operations) if operations else []
-        for request in requests:
-            request.wait()
+
+def _exchange(sent: torch.Tensor | None, target: int, source: int | None, group, into: torch.Tensor | None) -> list:
+    """Begin to send to `target`, where there is something, and to receive from `source`, where it is given."""
+    operations = [dist.P2POp(dist.isend, sent, target, group)] if sent is not None else []
+    operations += [dist.P2POp(dist.irecv, into, source, group)] if source is not None else []
+    return dist.batch_isend_irecv(operations) if operations else []
