@@ -24,6 +24,8 @@ def twin(path: Path, checkpoints, corpus, texts, output) -> dict:
     recipe["model"] |= {"path": str(checkpoints[like]), "params_dtype": "fp32"}
     is_text = recipe["data"].get("format") == "text"
     recipe["data"] |= {"train": str(texts if is_text else corpus), "seq_length": 160, "eval_ratio": 0.0}
+    if recipe.pop("rl", None):  # answers are a server's; what trains on them has the same weights and layout
+        del recipe["data"]["format"]
     train = recipe["train"]
     train |= {"global_batch_size": 4, "recompute_num_layers": min(train.get("recompute_num_layers", 1), 2)}
     recipe["output_dir"] = str(output / "run")
