@@ -96,6 +96,7 @@ class Card:
             "front_matter": self._front_matter(is_fp8),
             "serve": serving(name, self._spec, is_fp8, speculate=bool(mtp["trained"])),
             "mtp": mtp,
+            "rounding": self._rounding(is_fp8),
             "evaluation": self._evaluation(),
             "training": {"said": self._training()},
             "recipe": _without_paths(self.recipe),
@@ -139,6 +140,17 @@ class Card:
             "but fewer of its drafts are accepted the further this model has moved from its base."
         )
         return {"trained": False, "said": said}
+
+    def _rounding(self, is_fp8: bool) -> str:
+        """What became of the base's and the trained numbers on the way, where FP8 is at either end."""
+        from_fp8 = "quantization_config" in _json(Path(self._facts["model"]) / "config.json")
+        if self._is_adapter or not (from_fp8 or is_fp8):
+            return ""
+        steps = ["the base's FP8 weights were read as bf16 (value × scale)"] if from_fp8 else []
+        steps += ["the adapter was added in fp32 and the sum rounded to bf16"] if self._facts["lora"] else []
+        steps += ["the result was quantized to FP8, which keeps 3 bits of each number's mantissa"] if is_fp8 else []
+        what = ", then ".join(steps)
+        return f"{what[0].upper()}{what[1:]}."
 
     def _training(self) -> str:
         metrics = self._metrics()

@@ -70,10 +70,17 @@ class HuggingFace:
             self._ask(lambda: self._api.create_branch(self.repo, branch=self.revision, exist_ok=True))
 
     def listing(self) -> dict[str, RemoteFile]:
-        entries = self._ask(lambda: list(self._api.list_repo_tree(self.repo, recursive=True, revision=self.revision)))
+        def entries() -> list:
+            try:
+                return list(self._api.list_repo_tree(self.repo, recursive=True, revision=self.revision))
+            except HfHubHTTPError as error:
+                if error.response.status_code == 404:
+                    return []  # a repository without a commit has no tree
+                raise
+
         return {
             entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-            for entry in entries
+            for entry in self._ask(entries)
             if isinstance(entry, RepoFile)
         }
 

@@ -175,3 +175,11 @@ def test_a_run_without_a_complete_checkpoint(lora_run, tmp_path, copy_of, cli):
         marker.unlink()
     code, _, err = cli("export", run, "--output", tmp_path / "out")
     assert code == 2 and "no complete checkpoint yet" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fp8", ["channel", "block"])
+def test_what_fp8_does_to_the_numbers_is_said(lora_run, tmp_path, cli, fp8):
+    assert cli("export", lora_run, "--output", tmp_path / "out", "--fp8", fp8)[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "added in fp32 and the sum rounded to bf16, then the result was quantized to FP8" in card
+    assert "fp8" in front_matter(card)["tags"] and "in FP8" in card
