@@ -30,7 +30,12 @@ _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked ex
 
 
 def write_peft(
-    checkpoint: Path, config: LoraConfig, base: HfReader, output: Path, beside: Beside = nothing, base_name: str | None = None
+    checkpoint: Path,
+    config: LoraConfig,
+    base: HfReader,
+    output: Path,
+    beside: Beside = nothing,
+    base_name: str | None = None,
 ) -> None:
     """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`.
 
