@@ -29,9 +29,16 @@ _BLOCK_ROWS = 512
 _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
 
 
-def write_peft(checkpoint: Path, config: LoraConfig, base: HfReader, output: Path, **how: object) -> None:
-    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`. how: see `write_peft_of`."""
-    write_peft_of(TorchDistFiles(checkpoint), config, base, output, **how)
+def write_peft(
+    checkpoint: Path,
+    config: LoraConfig,
+    base: HfReader,
+    output: Path,
+    beside: Beside = nothing,
+    base_name: str | None = None,
+) -> None:
+    """Write the adapter that a run's checkpoint holds as a PEFT directory for the model `base`; see `write_peft_of`."""
+    write_peft_of(TorchDistFiles(checkpoint), config, base, output, beside, base_name)
 
 
 def write_peft_of(

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from glm45_tune.conversion.names import Row, rows
 from glm45_tune.conversion.tensors import ALL, HfReader, pieces
 from glm45_tune.errors import CheckpointError
 
@@ -21,7 +22,6 @@ _LARGEST = torch.finfo(FP8).max
 _BLOCK = 128
 # left in bf16, in zai-org's releases too: norms, biases, embedding, head, the router, MTP's projection
 _QUANTIZED = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(.*\.)?(gate|up|down)_proj)\.weight$")
-_MODULES_LEFT = ("lm_head", "mlp.gate", "eh_proj", "shared_head.head", "embed_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,20 @@ def dequantize(q: torch.Tensor, scale: Scale, values: torch.Tensor, first: int, 
 
 
 class Quantized:
-    """An HfReader: `base` with its linear weights in FP8 beside their scales, and the quantization_config that says so."""
+    """An HfReader: `base` with its linear weights in FP8 beside their scales, and the quantization_config that says so.
+
+    By block, a weight whose sizes are no multiples of 128 stays as it is, and what vLLM fuses with it: neither transformers nor
+    vLLM reads such blocks.
+    """
 
     def __init__(self, base: HfReader, layout: str):
         self.base, self.layout, self.spec, self.path = base, layout, base.spec, base.path
-        self.config = base.config | {"quantization_config": _config(layout)}
+        self._quantized = {name for row in rows(base.spec) for name in _quantized(row, layout)} & set(base.names)
+        matrices = [name for name in base.names if name.endswith(".weight") and len(base.shape(name)) == 2]
+        left = [name.removesuffix(".weight") for name in matrices if name not in self._quantized]
+        self.config = base.config | {"quantization_config": _config(layout, left)}
         self._suffix = "_scale" if layout == "channel" else "_scale_inv"
-        self._weight_of = {name + self._suffix: name for name in base.names if _QUANTIZED.match(name)}
-        self._quantized = set(self._weight_of.values())
+        self._weight_of = {name + self._suffix: name for name in self._quantized}
         self.names = [
             each for name in base.names for each in ((name, name + self._suffix) if name in self._quantized else (name,))
         ]
@@ -150,6 +156,14 @@ class Quantized:
         return _scale_of(self.base.read(weight, first, last).float(), self.layout)
 
 
+def _quantized(row: Row, layout: str) -> list[str]:
+    """The HF weights of a megatron tensor that are written in FP8: all or none."""
+    fits = layout == "channel" or all(size % _BLOCK == 0 for part in row.parts for size in part.shape)
+    if not fits or not _QUANTIZED.match(row.hf_names(0)[0]):
+        return []
+    return [name for expert in range(row.num_experts or 1) for name in row.hf_names(expert)]
+
+
 def _scale_of(values: torch.Tensor, layout: str) -> torch.Tensor:
     """The scale that makes the largest value of each row, or block, the largest of e4m3."""
     rows, columns = values.shape
@@ -168,15 +182,18 @@ def _spread(scales: torch.Tensor, shape: torch.Size, layout: str) -> torch.Tenso
     return scales.repeat_interleave(_BLOCK, 0)[: shape[0]].repeat_interleave(_BLOCK, 1)[:, : shape[1]]
 
 
-def _config(layout: str) -> dict:
-    """config.json's quantization_config, as transformers and vLLM read it; activations are quantized as they come."""
+def _config(layout: str, left: list[str]) -> dict:
+    """config.json's quantization_config, as transformers and vLLM read it; activations are quantized as they come.
+
+    left: modules that stay as they are, by their full names, which is what vLLM compares.
+    """
     if layout == "block":
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [_BLOCK, _BLOCK],
-            "modules_to_not_convert": list(_MODULES_LEFT),
+            "modules_to_not_convert": left,
         }
     scheme = {"num_bits": 8, "type": "float", "symmetric": True}
     return {
@@ -190,5 +207,5 @@ def _config(layout: str) -> dict:
                 "input_activations": scheme | {"strategy": "token", "dynamic": True},
             }
         },
-        "ignore": [f"re:.*{module}$" for module in _MODULES_LEFT],
+        "ignore": left,
     }

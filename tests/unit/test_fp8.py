@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from glm45_tune.conversion import fp8
 from glm45_tune.conversion.adapter import Merged
 from glm45_tune.conversion.fp8 import Quantized, Scale, dequantize
-from glm45_tune.conversion.hf_files import INDEX, AsStored, HfDir
+from glm45_tune.conversion.hf_files import INDEX, AsStored, HfDir, plan_hf
 from glm45_tune.conversion.stream import convert, open_model
 from glm45_tune.conversion.verify import compare
+from glm45_tune.conversion.write import write_file
 from glm45_tune.errors import CheckpointError
+from glm45_tune.spec import ModelSpec
+from glm45_tune.tiny import checkpoint as tiny
 
 FP8 = torch.float8_e4m3fn
 CHANNEL = {
@@ -159,13 +162,29 @@ def test_an_unknown_scheme_is_an_error_that_names_a_tensor(by_hand, tmp_path, cl
     assert all(word in err for word in words), err
 
 
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+    """A checkpoint whose sizes are multiples of 128, but for its dense layer's."""
+    root = tmp_path_factory.mktemp("even") / "hf"
+    root.mkdir()
+    config = tiny.config("air", True, 512, [0]) | {
+        "num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "intermediate_size": 320, "moe_intermediate_size": 128, "n_routed_experts": 4,
+    }  # fmt: skip
+    (root / "config.json").write_text(json.dumps(config))
+    source = tiny.RandomModel(ModelSpec.from_config(config, "config.json"), 1)
+    for file in plan_hf(source, 2_000_000):
+        write_file(root / file.name, source, file)
+    return root
+
+
 @pytest.mark.parametrize("layout", ["channel", "block"])
-@pytest.mark.parametrize("like", ["air", "355b"])
-def test_written_fp8_is_close_and_the_rest_bit_equal(checkpoints, tmp_path, layout, like, cli, monkeypatch):
+def test_written_fp8_is_close_and_the_rest_bit_equal(even, tmp_path, layout, cli):
     """Within half a step of e4m3 of each scale's values; read in pieces or whole the same; verified as it is written."""
-    assert cli("convert", "--to-hf", "--model", checkpoints[like], "--output", tmp_path / "q", "--fp8", layout)[0] == 0
-    written, source = HfDir(tmp_path / "q"), HfDir(checkpoints[like])
-    assert written.names == source.names and json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]
+    assert cli("convert", "--to-hf", "--model", even, "--output", tmp_path / "q", "--fp8", layout)[0] == 0
+    written, source = HfDir(tmp_path / "q"), HfDir(even)
+    scheme = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]
+    assert written.names == source.names
     for name in source.names:
         a, b = source.read(name).float(), written.read(name).float()
         if name not in written.scales:
@@ -175,16 +194,34 @@ def test_written_fp8_is_close_and_the_rest_bit_equal(checkpoints, tmp_path, layo
         step = torch.maximum(a.abs() / 8, scale * 2**-9)  # e4m3: 3 bits behind the point, then rounding to bf16
         assert ((a - b).abs() <= 0.51 * step + a.abs() / 256).all(), name
     left = {name for name in source.names if name not in written.scales and source.read(name).dim() == 2}
-    assert all(name.endswith(("embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight")) for name in left)
+    uneven = "model.layers.0.mlp." if layout == "block" else "nothing"  # 320 is no multiple of 128
+    kept = ("embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight")
+    assert all(name.endswith(kept) or name.startswith(uneven) for name in left)
+    assert {f"{name}.weight" for name in scheme["ignore" if layout == "channel" else "modules_to_not_convert"]} == left
     assert cli("verify", tmp_path / "q", tmp_path / "q")[0] == 0
     whole = {name: AsStored(written).read(name) for name in AsStored(written).names}
     again = Quantized(source, layout)
     for name in again.names:
         rows = again.shape(name)[0]
         for first, last in ((0, rows), (rows // 3, rows), (rows // 2, rows // 2 + 1)):
-            assert torch.equal(
-                again.read(name, first, last).view(torch.uint8), whole[name][first:last].contiguous().view(torch.uint8)
-            ), name
+            part = whole[name][first:last].contiguous()
+            assert torch.equal(again.read(name, first, last).view(torch.uint8), part.view(torch.uint8)), name
+
+
+def test_transformers_reads_our_blocks(even, tmp_path):
+    """FineGrainedFP8 widened by transformers itself, bf16: the weights that we read, bit for bit."""
+    import transformers
+
+    convert(even, tmp_path / "q", "hf", fp8="block")
+    convert(tmp_path / "q", tmp_path / "plain", "hf")
+    how = transformers.FineGrainedFP8Config(dequantize=True)
+    found, info = transformers.Glm4MoeForCausalLM.from_pretrained(
+        str(tmp_path / "q"), quantization_config=how, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    expected = transformers.Glm4MoeForCausalLM.from_pretrained(str(tmp_path / "plain"), dtype=torch.bfloat16).state_dict()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor.to(expected[name].dtype), expected[name]), name
 
 
 def test_verify_sees_one_scale(by_hand, tmp_path, cli):
