@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from glm45_tune.errors import UserError, VerificationError
+from glm45_tune.errors import StoppedError, UserError, VerificationError
 from glm45_tune.progress import bar
 from glm45_tune.sizes import human, parse, size_of
 
@@ -303,6 +303,17 @@ def push(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's output_dir, finished or under way.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file to write; RUN/report.html by default.")] = None,
+) -> None:
+    """Write a run's page: curves, throughput, memory, expert load, sample texts, recipe. One HTML file, nothing beside it."""
+    from glm45_tune.report.page import write
+
+    _say(f"wrote {write(run, output)}")
+
+
+@app.command()
 def chat(
     model: Annotated[str | None, typer.Argument(help="A Hugging Face directory; of a server, the name it serves.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to put on top.")] = None,
@@ -373,7 +384,7 @@ def main() -> None:
     """Entry point: user faults end in one sentence and their exit code, without a traceback."""
     try:
         app()
-    except (UserError, VerificationError) as error:
+    except (UserError, StoppedError, VerificationError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             _say(f"error: {error}")

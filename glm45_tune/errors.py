@@ -4,7 +4,6 @@ Every message says where, what came, what is allowed and what to do. `cli.py` pr
 Our own bugs are `assert`s and stay tracebacks.
 """
 
-
 STOPPED = 75
 """Exit code of a run that a signal told to stop and that saved: not done, the same command goes on (sysexits' EX_TEMPFAIL)."""
 
@@ -33,6 +32,16 @@ class DataError(UserError):
 
 class LayoutError(UserError):
     """A parallel layout that does not fit the model or the number of ranks."""
+
+
+class StoppedError(Exception):
+    """A run that cannot go on through no fault of the input, and no bug: said in a sentence."""
+
+    exit_code = 1
+
+
+class SaveError(StoppedError):
+    """A checkpoint could not be written; says why."""
 
 
 class VerificationError(Exception):

@@ -239,6 +239,15 @@ class TrainConfig(Section):
     """How many of the last checkpoints are kept; null: all."""
     save_best: bool = False
     """Also save whenever the held-out loss is the lowest so far, and keep that checkpoint beside the last ones."""
+    on_change: Literal["error", "continue", "restart"] = "error"
+    """Of a run that is resumed with other data, another model or another shape of training: say what changed; or go on from its
+
+    last checkpoint, where the weights still fit; or set the earlier run aside, beside this one, and begin anew.
+    """
+    max_skipped_steps: Positive = 5
+    """A step whose loss or gradient is not finite updates nothing; after so many in a row the run ends."""
+    distributed_timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """How long a rank may take over one pass, an update or a load before the run ends and says which rank hangs, and where."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""

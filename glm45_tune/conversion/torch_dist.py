@@ -242,10 +242,11 @@ Chunks = dict[str, tuple[tuple[int, ...], torch.dtype, list[tuple[tuple[int, ...
 def write_torch_dist(path: Path, chunks: Chunks, objects: dict[str, object], group) -> None:
     """Write a checkpoint into an existing directory; the ranks of `group` write their parts together.
 
-    A chunk's `read` is called when its turn comes, so one chunk a thread is in memory. objects: plain values by key.
+    A chunk's `read` is called when its turn comes. objects: plain values by key. (torch loses errors of any thread but the
+    first, so there is one.)
     """
     packed = {key: pickled([value]) for key, value in objects.items()}
-    writer = FileSystemWriter(str(path), single_file_per_rank=True, sync_files=False, thread_count=2)
+    writer = FileSystemWriter(str(path), single_file_per_rank=True, sync_files=False, thread_count=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         save({}, storage_writer=writer, planner=_StreamPlanner(chunks, packed), process_group=group)

@@ -1,5 +1,6 @@
 """Where rows come from, and what all rows of a recipe become: samples in order, every bad row with its reason."""
 
+import hashlib
 import importlib
 import os
 import random
@@ -210,6 +211,9 @@ class Chain(Sequence):
     def weights(self) -> np.ndarray:
         return np.concatenate([part.weights() for part in self._parts])
 
+    def digest(self) -> str:
+        return hashlib.sha256("".join(part.digest() for part in self._parts).encode()).hexdigest()
+
     def origins(self) -> Origins:
         parts = [part.origins() for part in self._parts]
         names = list(dict.fromkeys(name for part in parts for name in part.names))
@@ -237,6 +241,9 @@ class Chosen(Sequence):
 
     def weights(self) -> np.ndarray:
         return self._whole.weights()[self._order]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._whole.digest().encode() + self._order.tobytes()).hexdigest()
 
     def origins(self) -> Origins:
         whole = self._whole.origins()

@@ -5,7 +5,9 @@ A directory is complete only when `complete.json` is in it, written last.
 """
 
 import json
+import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from glm45_tune.conversion.torch_dist import COMMON, Chunks, TorchDistFiles, write_torch_dist
+from glm45_tune.errors import CheckpointError, SaveError
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.mcore.step import Trainer
 
@@ -29,6 +32,11 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_opt
 
 def step_directory(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:06d}"
+
+
+def every_checkpoint(run: Path) -> list[Path]:
+    """Directories of a run's checkpoints, whole or not, oldest first."""
+    return sorted(run.glob("checkpoints/step_*"))
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -82,29 +90,75 @@ class Snapshot:
         try:
             _together(group, lambda: first and _make_anew(directory))
             write_torch_dist(directory, self._chunks, self._objects, group)
-            _together(group, lambda: first and _write_json(directory / "config.json", config))
-            _together(group, lambda: first and _write_json(directory / COMPLETE, facts))
+            sums = _together(group, lambda: _seal(directory, config if first else None, group.rank()))
+            files = {name: known for part in sums for name, known in part.items()}
+            _together(group, lambda: first and _write_json(directory / COMPLETE, {**facts, "files": files}))
         except (SaveError, CheckpointException) as error:
             if first:
                 shutil.rmtree(directory, ignore_errors=True)
             raise SaveError(_cause(error)) from error
 
 
-class SaveError(Exception):
-    """A checkpoint could not be written; says why."""
+def _together(group: dist.ProcessGroup, work: Callable[[], object]) -> list:
+    """Do something on every rank of the group. Returns all results, or raises SaveError everywhere when it failed on one."""
+    result = fault = None
+    try:
+        result = work()
+    except OSError as error:
+        fault = str(error)
+    ends: list = [None] * group.size()
+    dist.all_gather_object(ends, (result, fault), group=group)
+    for _, fault in ends:
+        if fault:
+            raise SaveError(fault)
+    return [result for result, _ in ends]
 
 
-def _together(group: dist.ProcessGroup, work: Callable[[], object]) -> None:
-    """Do something on every rank of the group. Raises SaveError on all of them when it failed on one."""
+def _seal(directory: Path, config: dict | None, rank: int) -> dict[str, list[int]]:
+    """See this rank's files safe on the disk. Returns size and CRC-32 of each. config: written by the first rank."""
+    paths = list(directory.glob(f"__{rank}_*"))
+    if config is not None:
+        _write_json(directory / "config.json", config)
+        paths += [directory / name for name in (".metadata", "metadata.json", "config.json")]
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return {path.name: _size_and_sum(path) for path in paths}
+
+
+def _size_and_sum(path: Path) -> list[int]:
+    size = crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
+
+
+def saved_facts(directory: Path) -> dict:
+    """What a complete checkpoint was saved with. Raises CheckpointError when that cannot be read."""
+    try:
+        return json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / COMPLETE} cannot be read: {error}") from error
+
+
+def find_fault(directory: Path, group: dist.ProcessGroup) -> str | None:
+    """What is wrong with a checkpoint on the disk, or None; its files are read by all ranks of the group, each its share."""
     fault = None
     try:
-        work()
-    except OSError as error:
+        if not (directory / COMPLETE).is_file():
+            raise CheckpointError(f"it has no {COMPLETE}: it was not written to its end")
+        for name, (size, crc) in sorted(saved_facts(directory).get("files", {}).items())[group.rank() :: group.size()]:
+            found = _size_and_sum(directory / name)
+            if found[0] != size:
+                raise CheckpointError(f"{name} holds {found[0]:,} bytes, {size:,} were written")
+            if found[1] != crc:
+                raise CheckpointError(f"{name} does not hold what was written (CRC-32)")
+    except (OSError, CheckpointError) as error:
         fault = str(error)
     faults: list = [None] * group.size()
     dist.all_gather_object(faults, fault, group=group)
-    for fault in filter(None, faults):
-        raise SaveError(fault)
+    return next(filter(None, faults), None)
 
 
 def _cause(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from glm45_tune.layout import Layout
 from glm45_tune.mcore import cpu
 
 _started = False
+_store: dist.Store | None = None
 
 
 def device() -> torch.device:
@@ -19,12 +20,18 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(layout: Layout, seed: int = 1234, deterministic: bool = False) -> None:
+def store() -> dist.Store | None:
+    """What all ranks of the job can read and write; None for a rank alone."""
+    return _store
+
+
+def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout_minutes: float = 30) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (alone when they are absent).
 
+    timeout_minutes: how long joining may take; a call between ranks gives up after twice as long.
     Safe to call again with another layout in one process: the parallel state is rebuilt over the same ranks.
     """
-    global _started
+    global _started, _store
     _choose_algorithms(deterministic)
     if not torch.cuda.is_available() and not _started:
         cpu.enter()
@@ -32,13 +39,20 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False) -> None
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        alone = "RANK" not in os.environ
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if alone := "RANK" not in os.environ:
+            found = dist.HashStore(), 0, 1
+        else:
+            found = next(dist.rendezvous("env://", timeout=timeout))
+            _store = found[0]
+        shared, rank, size = found
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.HashStore() if alone else None,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-            timeout=datetime.timedelta(minutes=30),
+            store=shared if alone else dist.PrefixStore("groups", shared),
+            rank=rank,
+            world_size=size,
+            # the watchdog speaks first
+            timeout=2 * timeout + datetime.timedelta(minutes=1),
             device_id=device() if torch.cuda.is_available() else None,
         )
     _close_groups()

@@ -48,8 +48,12 @@ class StepResult:
     sums: dict[str, float] = field(default_factory=dict)
     """What the objective counted."""
     grad_norm: float = math.nan
-    expert_load: float = math.nan
-    """Tokens of the busiest expert over the mean, in the layer where that is largest."""
+    grad_norm_by_group: dict[str, float] = field(default_factory=dict)
+    """`attention`, `experts`, …: of the groups that are trained."""
+    is_skipped: bool = False
+    """The loss or the gradient was not finite, so no weight was updated."""
+    expert_load: torch.Tensor | None = None
+    """Tokens of every expert over its layer's mean, [MoE layers and MTP's, E]."""
     aux_loss: float = math.nan
     """Load-balancing loss before its coefficient, mean over MoE layers and micro batches."""
     z_loss: float = math.nan
@@ -78,7 +82,10 @@ def model_options(recipe: Recipe) -> ModelOptions:
 class Trainer:
     """This rank's stages of the model with their gradients and optimizer. Every method is called by all ranks together."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, source: HfReader):
+    def __init__(self, recipe: Recipe, layout: Layout, source: HfReader, enter: Callable[[str], None] = lambda phase: None):
+        """enter: told each phase of the work when it begins."""
+        self.enter = enter
+        enter("building the model and loading its weights")
         self.module = chunks.build(source.spec, layout, model_options(recipe))
         if recipe.lora is not None:
             lora.attach(self.module, recipe.lora, recipe.train.seed)
@@ -103,9 +110,11 @@ class Trainer:
             self._pipeline = dict(p2p_communicator=TwoWayCommunicator(self.config), pg_collection=groups)
         self._wrapped = optimizer.wrap(self.module, recipe.optimizer)
         self.optimizer = optimizer.build(recipe, self._wrapped)
+        self._norms = optimizer.Norms(self.module, self.optimizer)
         self.config.finalize_model_grads_func = self._finalize
         self._routers = [[m for m in chunk.modules() if isinstance(m, Router)] for chunk in self._wrapped]
-        self._expert_load = math.nan
+        self.expert_load = torch.zeros(0, 0)
+        """Of the last step, see StepResult."""
 
     def train(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float], lr: float) -> StepResult:
         """A step of supervised training. denominators: the global batch's total weight of each prediction."""
@@ -120,10 +129,18 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        routers = [router for chunk in self._routers for router in chunk]
+        biases = [router.expert_bias.clone() for router in routers if router.expert_bias is not None]
         sums = self._sum(self._run(batches, num_microbatches, objective, forward_only=False))
-        grad_norm = optimizer.step(self.optimizer)
-        agreement = self._agreement()
-        return StepResult([], sums | agreement, grad_norm, self._expert_load, **self._router_losses(num_microbatches))
+        self.enter("optimizer")
+        is_finite = all(math.isfinite(value) for name, value in sums.items() if not name.startswith("max/"))
+        norm, by_group, is_updated = optimizer.step(self.optimizer, self._norms, is_finite)
+        if not is_updated:
+            for router, bias in zip(routers, biases):
+                router.expert_bias.copy_(bias)
+        sums |= self._agreement()
+        router_losses = self._router_losses(num_microbatches)
+        return StepResult([], sums, norm, by_group, not is_updated, self.expert_load, **router_losses)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float]) -> StepResult:
@@ -242,6 +259,7 @@ class Trainer:
         for router in itertools.chain(*self._routers):
             router.router_replay = Replay()
         routers = {id(chunk): found for chunk, found in zip(self._wrapped, self._routers)}
+        self.enter("forward" if forward_only else "forward and backward")
         iterators = itertools.tee(map(self._cut, batches), len(self._wrapped))  # each chunk walks the batches by itself
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, objective, parts, routers),
@@ -286,17 +304,23 @@ class Trainer:
         return batch.cut(parts[parallel_state.get_context_parallel_rank()], pad_id=0)
 
     def _finalize(self, model, num_tokens=None, **kwargs) -> None:
-        self._expert_load = self._measure_expert_load()
+        self.expert_load = self._measure_expert_load()
         finalize_model_grads(model, None, **kwargs)
 
-    def _measure_expert_load(self) -> float:
-        worst = torch.zeros((), device=runtime.device())
-        if any(self._routers):
-            counts = torch.stack([router.local_tokens_per_expert for chunk in self._routers for router in chunk])
-            dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-            worst = (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax()
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
-        return worst.item()
+    def _measure_expert_load(self) -> torch.Tensor:
+        """Tokens of every expert over the layer's mean, float32 [MoE layers, MTP's last, E], on the host, the same on every rank."""
+        spec = self.module.spec
+        num_layers = spec.num_layers - spec.num_dense_layers
+        counts = torch.zeros(num_layers + self.num_predictions - 1, spec.num_moe_experts, device=runtime.device())
+        for chunk in self._wrapped:
+            for name, router in chunk.named_modules():
+                if isinstance(router, Router):
+                    # a GPT layer is two of megatron's, numbered from 1
+                    own = num_layers if "mtp." in name else router.layer_number // 2 - 1 - spec.num_dense_layers
+                    counts[own] += router.local_tokens_per_expert
+        dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(counts, group=parallel_state.get_pipeline_model_parallel_group())
+        return (counts / counts.mean(1, keepdim=True).clamp(min=1e-9)).cpu()
 
     def _router_losses(self, num_microbatches: int) -> dict[str, float]:
         names = {"aux_loss": "load_balancing_loss"} if self.has_aux_loss else {}

@@ -17,6 +17,7 @@ from glm45_tune.plan.memory import Model, StageMemory
 from glm45_tune.plan.models import find_spec
 from glm45_tune.plan.weights import attention, mlp
 from glm45_tune.recipe import Recipe
+from glm45_tune.spec import ModelSpec
 
 _REFERENCE = {
     "model": {"path": "GLM-4.5-Air"},
@@ -139,11 +140,40 @@ def step_seconds(
     return StepTime(matrices, attended, other, wires, idle, optimizer, tokens)
 
 
-def _head_seconds(model: Model, card: Card) -> tuple[float, float, float]:
-    """Logits, their loss and the way back; a trained head has its own gradient."""
+def _head_work(model: Model) -> float:
+    """FLOP of logits and the way back, for one prediction; a trained head has its own gradient."""
     sizes, spec = model.sizes, model.spec
-    words = spec.vocab_size / sizes.tp
-    work = 2.0 * sizes.tokens * spec.hidden_size * words * (2 if model.recipe.lora else 3)
+    return 2.0 * sizes.tokens * spec.hidden_size * spec.vocab_size / sizes.tp * (2 if model.recipe.lora else 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOP of training, whatever is recomputed: of every token, and of every square of a document's length."""
+
+    per_token: float
+    per_square: float
+
+    def of(self, lengths: list[int]) -> float:
+        """FLOP of one step over documents of these lengths."""
+        return self.per_token * sum(lengths) + self.per_square * sum(length**2 for length in lengths)
+
+
+def work(spec: ModelSpec, recipe: Recipe) -> Work:
+    """What `step_seconds` counts as matrices and attention, for one token on one rank."""
+    model = Model(spec, Layout(), recipe)
+    num_mtp = spec.mtp_num_layers if model.with_mtp else 0
+    counts = {False: spec.num_dense_layers, True: spec.num_layers - spec.num_dense_layers + num_mtp}
+    layers = {moe: _Layer(model, moe, 1.0) for moe in counts}
+    matrices = sum(count * (layers[moe].forward + layers[moe].backward) for moe, count in counts.items())
+    attended = sum(count * 3.5 * layers[moe].attention for moe, count in counts.items())
+    tokens = model.sizes.tokens
+    return Work((matrices + (1 + num_mtp) * _head_work(model)) / tokens, attended / tokens)
+
+
+def _head_seconds(model: Model, card: Card) -> tuple[float, float, float]:
+    """Logits, their loss and the way back."""
+    sizes, spec = model.sizes, model.spec
+    words, work = spec.vocab_size / sizes.tp, _head_work(model)
     rate = rates.MATRIX_TFLOPS * 1e12 * card.tflops / CARDS[rates.MEASURED_CARD].tflops
     passes = 5 * sizes.tokens * words * 4  # logits written and read, softmax, its gradient
     return work / rate, 0.0, passes / (card.bandwidth_gb_s * 1e9 * rates.STREAM_SHARE)

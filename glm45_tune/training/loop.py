@@ -1,5 +1,6 @@
 """A run from its first step to its last: one place to read what every kind of training does."""
 
+import contextlib
 import sys
 import time
 from typing import Protocol
@@ -11,21 +12,24 @@ from glm45_tune.conversion import adapter
 from glm45_tune.errors import STOPPED
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
-from glm45_tune.training import record, run_directory, summary
+from glm45_tune.training import failure, record, run_directory, summary
+from glm45_tune.training.card import this_card
 from glm45_tune.training.interruption import Interruption
 from glm45_tune.training.metrics import LiveLine, Metrics
+from glm45_tune.training.nonfinite import NonFinite
 from glm45_tune.training.policy import PolicyGradient
 from glm45_tune.training.preference import Preference
 from glm45_tune.training.prepare import Job
-from glm45_tune.training.saver import Saver
+from glm45_tune.training.saver import Saver, check_saved
 from glm45_tune.training.sft import Supervised
+from glm45_tune.training.watchdog import Watchdog
 
 
 class Method(Protocol):
     """A kind of training. Built from (job, trainer); its methods are called by all ranks together."""
 
     def train_step(self, step: int) -> dict[str, float]:
-        """Optimizer step number `step`, from 0. Returns its metrics, `train/loss` and `train/tokens` among them."""
+        """Optimizer step number `step`, from 0. Returns its metrics: at least those of `sft.common_metrics`, and `train/tokens`."""
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of what is held out; nothing when nothing is. The best checkpoint is the one with the lowest `eval/loss`."""
@@ -45,38 +49,54 @@ METHODS = {"sft": Supervised, "preference": Preference, "rl": PolicyGradient}
 
 
 def run(job: Job) -> int:
-    """Train, resuming from the run's last complete checkpoint. Called by every rank; only the first one writes.
+    """Train, resuming from the run's last whole checkpoint. Called by every rank; only the first one writes.
 
-    Returns an exit code: 0, or STOPPED when a signal asked to save and end.
+    Returns an exit code: 0, or STOPPED when a signal asked to save and end. Raises StoppedError when the run cannot go on.
     """
-    runtime.start(job.layout, job.recipe.train.seed, job.recipe.train.deterministic)
+    settings = job.recipe.train
+    runtime.start(job.layout, settings.seed, settings.deterministic, settings.distributed_timeout_minutes)
+    opened = contextlib.nullcontext()
+    if dist.get_rank() == 0:
+        opened = run_directory.opened(job.recipe, job.facts | record.facts(job))
+    watchdog = Watchdog(runtime.store(), settings.distributed_timeout_minutes)
+    with opened, watchdog, failure.told_well(job, watchdog):
+        return _train(job, watchdog)
+
+
+def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
-    if is_first:
-        run_directory.start(job.recipe, job.source, **record.facts(job))
-    trainer = Trainer(job.recipe, job.layout, job.source)
+    trainer = Trainer(job.recipe, job.layout, job.source, watchdog.enter)
     method: Method = METHODS[job.recipe.kind](job, trainer)
     saver = Saver(job, trainer)
-    step = _resume(saver, method)
+    watchdog.enter("loading the last checkpoint")
+    step, num_skipped = _resume(saver, method)
+    nonfinite = NonFinite(job, num_skipped, writes=is_first)
     if is_first:
         print("\n".join(summary.at_start(job, trainer, step)), file=sys.stderr, flush=True)
-    metrics = Metrics(job.run, job.recipe, step) if is_first else None
+    metrics = Metrics(job.run, job.recipe, step, job.num_steps) if is_first else None
     line = LiveLine(step, job.num_steps) if is_first else None
     must_stop = False
     with Interruption() as interruption:
         while step < job.num_steps and not must_stop:
+            watchdog.step = step
             values = _step(job, method, step)
             step += 1
             is_last = step == job.num_steps
             if is_last or _divides(job.recipe.train.eval_interval, step):
                 values |= method.evaluate()
+            nonfinite.see(step, values)
             if is_first:
-                metrics.write(step, values)
+                metrics.write(step, values, trainer.expert_load)
                 line.show(step, values)
+            watchdog.enter("agreeing whether to save")
             must_stop, is_time = interruption.agree(saver.wants_time())
             if is_last or must_stop or is_time or saver.is_due(step, values.get("eval/loss")):
-                saver.save(_facts(step, values, method))
+                watchdog.enter("copying what is saved")
+                saver.save(_facts(step, values, method, nonfinite))
+        watchdog.enter("writing the last checkpoint")
         saver.wait()
     method.close()
+    check_saved(saver, job.run, step)
     if is_first:
         line.close()
         metrics.close()
@@ -85,19 +105,17 @@ def run(job: Job) -> int:
     return 0 if step == job.num_steps else STOPPED
 
 
-def _resume(saver: Saver, method: Method) -> int:
-    """Returns the number of steps done."""
+def _resume(saver: Saver, method: Method) -> tuple[int, int]:
+    """Returns the numbers of steps done and of steps skipped."""
     facts = saver.restore()
-    step = facts.pop("step")
-    if step:
-        facts.pop("eval_loss", None)
+    if facts["step"]:
         method.resume(facts)
-    return step
+    return facts["step"], facts.get("skipped_steps", 0)
 
 
-def _facts(step: int, values: dict[str, float], method: Method) -> dict:
+def _facts(step: int, values: dict[str, float], method: Method, nonfinite: NonFinite) -> dict:
     evaluated = {"eval_loss": values["eval/loss"]} if "eval/loss" in values else {}
-    return {"step": step, **evaluated, **method.state}
+    return {"step": step, "skipped_steps": nonfinite.count, **evaluated, **method.state}
 
 
 def _step(job: Job, method: Method, step: int) -> dict[str, float]:
@@ -105,6 +123,11 @@ def _step(job: Job, method: Method, step: int) -> dict[str, float]:
     values = method.train_step(step)
     seconds = time.perf_counter() - started
     speed = values["train/tokens"] / seconds
+    flops = values.pop("flops", 0.0) / seconds / job.layout.world_size / 1e12
+    if flops:
+        values["perf/model_tflops_per_gpu"] = flops
+        if peak := this_card().tflops:
+            values["perf/mfu"] = flops / peak
     return values | {
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": speed,

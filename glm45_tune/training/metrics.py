@@ -1,16 +1,22 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked, a live line for the person."""
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from glm45_tune.errors import UserError
 from glm45_tune.recipe import Recipe
+
+LOAD_FILE = "expert_load.json"
+_SECONDS_BETWEEN_LOADS = 30.0
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -25,15 +31,18 @@ def check_trackers(recipe: Recipe) -> None:
 class Metrics:
     """Writes one JSON object a step. On resume, what an interrupted run wrote beyond its checkpoint is dropped."""
 
-    def __init__(self, run: Path, recipe: Recipe, first_step: int):
+    def __init__(self, run: Path, recipe: Recipe, first_step: int, last_step: int | None = None):
+        """last_step: of the whole run."""
+        self._last_step, self._load, self._load_written = last_step, None, 0.0
         self._path = run / "metrics.jsonl"
         kept = []
         if first_step and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= first_step]
-        self._file = open(self._path, "w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        staged = self._path.with_suffix(".partial")
+        staged.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        staged.replace(self._path)
+        self._file, self._waiting, self._is_full = open(self._path, "ab", buffering=0), b"", False
         self._board = self._wandb = None
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -51,15 +60,46 @@ class Metrics:
                 config=recipe.model_dump(),
             )
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        values = {key: value for key, value in values.items() if not math.isnan(value)}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
+    def write(self, step: int, values: dict[str, float], expert_load: torch.Tensor | None = None) -> None:
+        """expert_load: [layers, experts], tokens over the layer's mean; the last few steps' mean of it is in LOAD_FILE."""
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
+        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        try:
+            self._append()
+            if expert_load is not None:
+                self._write_load(step, expert_load)
+            if self._board:
+                for key, value in values.items():
+                    self._board.add_scalar(key, value, step)
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                print(
+                    f"{self._path}: cannot be written ({error.strerror}); training goes on, and it is tried again.",
+                    file=sys.stderr,
+                )
+            self._is_full = True
         if self._wandb:
             self._wandb.log(values, step=step)
+
+    def _write_load(self, step: int, load: torch.Tensor) -> None:
+        """A moving mean over some ten steps, written where a person may look: rarely, as it is as large as the model is deep."""
+        self._load = load if self._load is None else self._load.lerp(load, 0.1)
+        if step == self._last_step or time.monotonic() - self._load_written > _SECONDS_BETWEEN_LOADS:
+            document = {"step": step, "load": [[round(each, 3) for each in row] for row in self._load.tolist()]}
+            self._path.with_name(LOAD_FILE).write_text(json.dumps(document) + "\n", encoding="utf-8")
+            self._load_written = time.monotonic()
+
+    def _append(self) -> None:
+        """Whole lines or nothing: a full disk leaves no half of one."""
+        end = self._file.seek(0, 2)
+        try:
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._waiting = b""
 
     def close(self) -> None:
         self._file.close()
@@ -97,6 +137,7 @@ class LiveLine:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         text = f"loss {values['train/loss']:.4f}  {values['perf/tokens_per_second']:,.0f} tokens/s  "
+        text += f"MFU {values['perf/mfu']:.1%}  " if "perf/mfu" in values else ""
         text += f"{values['perf/peak_memory_gib']:.1f} GiB"
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)

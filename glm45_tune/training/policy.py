@@ -34,7 +34,9 @@ class PolicyGradient:
     def train_step(self, step: int) -> dict[str, float]:
         job = self._job
         started = time.perf_counter()
+        self._trainer.enter("giving the engine the weights")
         self._engine.synchronise(self._version)
+        self._trainer.enter("rollout")
         synchronised = time.perf_counter()
         rollout = self._roller.roll(step)
         rolled = time.perf_counter()

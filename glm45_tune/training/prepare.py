@@ -1,7 +1,7 @@
 """Everything about a run that can be known, or found wrong, before a rank is started."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm45_tune.conversion.hf_files import HfDir
@@ -37,6 +37,10 @@ class Job:
     stream: Stream | None
     """Where the training rows come from under data.streaming; `train` then only counts."""
     tokenizer: object
+    facts: dict
+    """What the run is, on the first rank: see run_directory.py."""
+    last_rows: list[list[Sample]] = field(default_factory=list)
+    """Those of the last step that was asked for."""
 
     @property
     def run(self) -> Path:
@@ -45,8 +49,11 @@ class Job:
     def rows_of_step(self, step: int) -> list[list[Sample]]:
         """The packed rows of a step (from 0), all ranks'. A stream gives them in order, once."""
         if self.stream:
-            return self.stream.rows(self.plan.global_batch_size)
-        return [[self.train.samples[index] for index in self.train_rows[row]] for row in self.plan.rows_of_step(step)]
+            self.last_rows = self.stream.rows(self.plan.global_batch_size)
+        else:
+            rows, samples = self.plan.rows_of_step(step), self.train.samples
+            self.last_rows = [[samples[index] for index in self.train_rows[row]] for row in rows]
+        return self.last_rows
 
 
 def world_size(recipe: Recipe) -> int:
@@ -78,7 +85,10 @@ def prepare(recipe: Recipe) -> Job:
     else:
         _check_batch(recipe, layout)
     frozen(source.spec, train.freeze, with_mtp=recipe.model.mtp_loss_scaling_factor > 0)
-    run_directory.check(recipe, source)
+    is_first = os.environ.get("RANK", "0") == "0"  # what the others would find is the same
+    if is_first:
+        run_directory.check_ours(recipe)
+        run_directory.check_disk(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
     stream = None
     if recipe.data.streaming:
@@ -86,6 +96,9 @@ def prepare(recipe: Recipe) -> Job:
         corpus = stream.seen
     else:
         corpus, held_out = load_data(recipe.data, tokenizer, train.seed, recipe.kind)
+    facts = run_directory.facts_of(recipe, source, corpus) if is_first else {}
+    if is_first:
+        run_directory.check_same(recipe, facts)
     rows = _rows(corpus, recipe)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
@@ -101,6 +114,7 @@ def prepare(recipe: Recipe) -> Job:
         train.steps or train.epochs * plan.steps_per_epoch,
         stream,
         tokenizer,
+        facts,
     )
 
 
@@ -109,9 +123,11 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
     train = recipe.train
     share = train.micro_batch_size * layout.data_parallel_size
     if train.global_batch_size % share:
+        below = train.global_batch_size // share * share
+        near = [size for size in (below, below + share) if size]
         raise RecipeError(
-            f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
-            f"{train.micro_batch_size} × {layout.data_parallel_size} data-parallel ranks = {share}."
+            f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size {train.micro_batch_size} × "
+            f"{layout.data_parallel_size} data-parallel ranks = {share}; nearest: {' or '.join(map(str, near))}."
         )
     if (microbatches := train.global_batch_size // share) % layout.microbatch_multiple:
         raise RecipeError(

@@ -54,7 +54,8 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         if failed:
             number, code = failed[0]
             if code != 2:
-                print(f"rank {number} ended with code {code}; the other ranks are stopped.", file=sys.stderr)
+                how = f"ended with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+                print(f"rank {number} {how}; the other ranks are stopped.", file=sys.stderr)
             return code if code > 0 else 1
         if None not in codes:
             return max(codes)

@@ -1,6 +1,6 @@
 """When a run is saved and which checkpoints stay. Writing goes on in the background, from a snapshot, beside the next steps."""
 
-import json
+import contextlib
 import shutil
 import sys
 import threading
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from glm45_tune.errors import CheckpointError, SaveError
 from glm45_tune.mcore import checkpoint
-from glm45_tune.mcore.checkpoint import SaveError, Snapshot
+from glm45_tune.mcore.checkpoint import Snapshot
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.training.prepare import Job
 
@@ -23,18 +24,30 @@ class Saver:
         self._snapshot = Snapshot()
         self._group = dist.new_group(backend="gloo")  # the writing thread's own
         self._thread: threading.Thread | None = None
+        self._bug: Exception | None = None
         self._last_time = time.monotonic()
         self._best = min(_evaluated(job.run).values(), default=float("inf"))
         self.failure: str | None = None
         """Why the last save failed; None where it did not."""
 
     def restore(self) -> dict:
-        """Load the last complete checkpoint, if there is one. Returns what it was saved with; of none, step 0."""
-        found = checkpoint.complete_checkpoints(self._job.run)
-        if not found:
-            return {"step": 0}
-        checkpoint.restore(self._trainer, found[-1])
-        return _facts(found[-1])
+        """Load the last checkpoint that is whole, if there is one. Returns what it was saved with; of none, step 0."""
+        listed = [checkpoint.every_checkpoint(self._job.run)]
+        dist.broadcast_object_list(listed, src=0, group=self._group)
+        said = []
+        for directory in reversed(listed[0]):
+            fault = checkpoint.find_fault(directory, self._group)
+            if fault is None:
+                self._say([*said, f"going on from {directory}"] if said else [])
+                checkpoint.restore(self._trainer, directory)
+                return checkpoint.saved_facts(directory)
+            said.append(f"{directory} is not used: {fault}.")
+        self._say([*said, "no checkpoint is whole: the run begins anew"] if said else [])
+        return {"step": 0}
+
+    def _say(self, lines: list[str]) -> None:
+        if lines and self._group.rank() == 0:
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
     def wants_time(self) -> bool:
         """Has train.save_interval_minutes passed on this rank's clock? Ranks must agree before they save."""
@@ -61,6 +74,8 @@ class Saver:
         if self._thread:
             self._thread.join()
             self._thread = None
+        if self._bug:
+            raise self._bug
 
     def _write(self, facts: dict) -> None:
         directory = checkpoint.step_directory(self._job.run, facts["step"])
@@ -71,8 +86,9 @@ class Saver:
                 _prune(self._job.run, self._job.recipe.train.save_total_limit, self._job.recipe.train.save_best)
         except SaveError as error:
             self.failure = str(error)
-            if self._group.rank() == 0:
-                print(_sentence(self._job.run, facts["step"], error), file=sys.stderr, flush=True)
+            self._say([_sentence(self._job.run, facts["step"], error)])
+        except Exception as error:
+            self._bug = error  # raised where the main thread waits
 
 
 def _sentence(run: Path, step: int, error: SaveError) -> str:
@@ -81,14 +97,23 @@ def _sentence(run: Path, step: int, error: SaveError) -> str:
     return f"step {step} could not be saved: {error}. Training goes on; {last}."
 
 
-def _facts(directory: Path) -> dict:
-    return json.loads((directory / checkpoint.COMPLETE).read_text(encoding="utf-8"))
+def check_saved(saver: Saver, run: Path, step: int) -> None:
+    """Raise SaveError when the last save of a run that ends failed."""
+    if saver.failure:
+        found = checkpoint.complete_checkpoints(run)
+        last = f"from {found[-1]}" if found else "from its start"
+        raise SaveError(
+            f"{run}: its last step, {step}, could not be saved: {saver.failure}. Make room; the same command goes on {last}."
+        )
 
 
 def _evaluated(run: Path) -> dict[Path, float]:
     """Held-out loss of every complete checkpoint that has one."""
-    facts = {path: _facts(path) for path in checkpoint.complete_checkpoints(run)}
-    return {path: known["eval_loss"] for path, known in facts.items() if "eval_loss" in known}
+    found = {}
+    for path in checkpoint.complete_checkpoints(run):
+        with contextlib.suppress(CheckpointError, KeyError):  # damaged, or not evaluated
+            found[path] = checkpoint.saved_facts(path)["eval_loss"]
+    return found
 
 
 def _prune(run: Path, limit: int | None, keeps_best: bool) -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from glm45_tune.data.batch import Batch, collate, total_weights
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.packing import BatchPlan
 from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import StepResult, Trainer
+from glm45_tune.plan.timing import work
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.schedule import learning_rate_of
 
@@ -17,6 +20,7 @@ class Supervised:
 
     def __init__(self, job: Job, trainer: Trainer):
         self._job, self._trainer = job, trainer
+        self._work = work(job.source.spec, job.recipe)
 
     def train_step(self, step: int) -> dict[str, float]:
         job, trainer = self._job, self._trainer
@@ -33,6 +37,7 @@ class Supervised:
             "train/learning_rate": lr,
             "train/tokens": tokens,
             "train/trained_tokens": float(denominators[0]),
+            "flops": self._work.of([len(sample.input_ids) for sample in members]),
             "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
         }
 
@@ -79,7 +84,9 @@ def common_metrics(result: StepResult, trainer: Trainer, loss: float) -> dict[st
     values = {
         "train/loss": loss,
         "train/grad_norm": result.grad_norm,
-        "moe/expert_load_max_over_mean": result.expert_load,
+        **{f"grad_norm/{group}": norm for group, norm in result.grad_norm_by_group.items()},
+        "is_skipped": result.is_skipped,
+        **_expert_load(result.expert_load, trainer),
     }
     if len(result.losses) > 1:
         values["train/mtp_loss"] = sum(result.losses[1:]) / len(result.losses[1:])
@@ -88,3 +95,10 @@ def common_metrics(result: StepResult, trainer: Trainer, loss: float) -> dict[st
     if trainer.has_z_loss:
         values["train/z_loss"] = result.z_loss
     return values
+
+
+def _expert_load(load: torch.Tensor, trainer: Trainer) -> dict[str, float]:
+    """The busiest expert of every layer (HF's number), and of all of them, over its layer's mean."""
+    first = trainer.module.spec.num_dense_layers
+    by_layer = {f"moe/load/layer_{first + row:02d}": worst for row, worst in enumerate(load.amax(1).tolist())}
+    return {"moe/expert_load_max_over_mean": max(by_layer.values()), **by_layer}

@@ -1,7 +1,12 @@
 """What a run says of itself before its first step and after its last."""
 
+from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
+from glm45_tune.plan import planner
+from glm45_tune.plan.memory import GIB
+from glm45_tune.plan.planner import Hardware
+from glm45_tune.training.card import this_card
 from glm45_tune.training.prepare import Job
 
 
@@ -19,9 +24,34 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         *left_out(job),
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"
         + ("" if job.stream else f", {job.plan.steps_per_epoch} an epoch"),
+        f"update    lr {recipe.optimizer.lr:g}, {recipe.optimizer.warmup_ratio:.0%} warm-up, clipped at {recipe.optimizer.clip_grad:g}",
         f"recompute {recipe.train.recompute_granularity or 'none'}",
+        f"memory    {_memory_line(job)}",
+        f"saving    {_saving_line(job)}",
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),
     ]
+
+
+def _memory_line(job: Job) -> str:
+    card = this_card()
+    hardware = Hardware(card, job.layout.world_size, 8, job.recipe.data.seq_length)
+    try:
+        worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware).worst
+    except UserError:  # the planner wants rows that tensor ranks divide; training pads them
+        return f"of {card.memory_gib:.0f} GiB"
+    return (
+        f"{worst.needed / GIB:.1f} GiB planned of {card.memory_gib:.0f}: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
+        f"{worst.gradients / GIB:.1f}, optimizer {worst.optimizer / GIB:.1f}, activations {(worst.activations + worst.working) / GIB:.1f}"
+    )
+
+
+def _saving_line(job: Job) -> str:
+    train = job.recipe.train
+    when = [f"every {train.save_interval} steps" if train.save_interval else ""]
+    when += [f"every {train.save_interval_minutes:g} minutes" if train.save_interval_minutes else ""]
+    when += ["at the best held-out loss" if train.save_best else "", "at the end"]
+    kept = f"the last {train.save_total_limit} kept" if train.save_total_limit else "all kept"
+    return f"{', '.join(filter(None, when))}; {kept}"
 
 
 def left_out(job: Job) -> list[str]:

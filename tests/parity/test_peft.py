@@ -56,7 +56,8 @@ def _trained_run(directory, data, run, make_recipe, layout, lora_section, train=
         for shard in sharded_tensors(trainer.module):
             if shard.key.endswith("lora_B"):
                 shard.data.copy_(torch.randn(shard.data.shape, generator=generator) * 0.1)
-    run_directory.start(recipe, job.source)
+    with run_directory.opened(recipe, job.facts):
+        pass
     checkpoint.save(trainer, checkpoint.step_directory(run, 1), job.source.config, {"step": 1})
     return trainer.module[0].eval()
 

@@ -1,0 +1,50 @@
+"""Steps whose loss or gradient is not finite: left out, counted, and too many in a row end the run, with the batch to look at."""
+
+import json
+import sys
+from collections.abc import Iterable
+
+from glm45_tune.data.chat import Sample, load_tokenizer
+from glm45_tune.errors import StoppedError
+from glm45_tune.training.prepare import Job
+
+
+class NonFinite:
+    """Sees every step's metrics, on every rank. `count`: steps of this run that updated nothing."""
+
+    def __init__(self, job: Job, count: int, writes: bool):
+        self.count, self._in_a_row = count, 0
+        self._job, self._writes = job, writes
+
+    def see(self, step: int, values: dict[str, float]) -> None:
+        """step: from 1. Raises StoppedError after `train.max_skipped_steps` in a row."""
+        if not values.pop("is_skipped", False):
+            self._in_a_row = 0
+            return
+        self.count, self._in_a_row = self.count + 1, self._in_a_row + 1
+        values["train/skipped_steps"] = self.count
+        what = f"loss {values['train/loss']}, gradient norm {values['train/grad_norm']}"
+        path = self._job.run / "nonfinite" / f"step_{step:06d}.jsonl"
+        if self._writes:
+            print(f"step {step} is left out: {what}; its batch is in {path}.", file=sys.stderr, flush=True)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(_lines(self._job)), encoding="utf-8")
+        limit = self._job.recipe.train.max_skipped_steps
+        if self._in_a_row >= limit:
+            raise StoppedError(
+                f"loss or gradient was not finite in {limit} steps in a row, up to step {step} ({what}; train.max_skipped_steps). "
+                f"Its batch is in {path}. Weights and checkpoints are those before; lower optimizer.lr, or look at that data."
+            )
+
+
+def _lines(job: Job) -> Iterable[str]:
+    """The last step's samples, as they were trained: which packed row, where from, text, tokens and weights."""
+    tokenizer = load_tokenizer(job.recipe.model.path)
+    for number, row in enumerate(job.last_rows):
+        for sample in row:
+            yield json.dumps({"row": number, **_described(sample, tokenizer)}, ensure_ascii=False) + "\n"
+
+
+def _described(sample: Sample, tokenizer) -> dict:
+    facts = {"source": sample.source, "line": sample.line, "text": tokenizer.decode(sample.input_ids)}
+    return facts | {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()}

@@ -1,0 +1,99 @@
+"""The report of a run: one page, nothing beside it, and a real browser shows and answers it."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from glm45_tune.report import page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# moves the mouse over every drawing and leaves what it was told in the page
+HOVER = """<script>
+const told = {};
+for (const drawing of document.querySelectorAll("figure svg, figure canvas")) {
+  const box = drawing.getBoundingClientRect();
+  const at = { clientX: box.left + box.width * 0.999, clientY: box.top + box.height / 2, bubbles: true };
+  drawing.dispatchEvent(new MouseEvent("mousemove", at));
+  told[drawing.closest("figure").dataset.title] = [document.getElementById("tip").style.display, document.getElementById("tip").textContent];
+  drawing.dispatchEvent(new MouseEvent("mouseleave"));
+}
+const kept = document.createElement("pre");
+kept.id = "told";
+kept.textContent = JSON.stringify(told);
+document.body.append(kept);
+</script>"""
+
+
+@pytest.fixture(params=[1, 40, 2600], ids=lambda count: f"{count} steps")
+def run(request, tmp_path):
+    """A run's directory as training leaves it, with texts that would break a careless page."""
+    random.seed(request.param)
+    rows = []
+    for step in range(1, request.param + 1):
+        row = {"step": step, "train/loss": 7 / step**0.5, "train/grad_norm": random.random(), "train/tokens": 500}
+        row |= {"perf/tokens_per_second": 900.0 + step % 7, "perf/peak_memory_gib": 1.5, "perf/mfu": 0.31}
+        row |= {f"moe/load/layer_{layer:02d}": 1 + layer / 10 for layer in range(1, 12)}
+        row |= {"grad_norm/attention": 0.5, "grad_norm/experts": 0.25, "loss/<b>maths</b>": 2.0}
+        row |= {"eval/loss": 3.25} if step % 10 == 0 or step == request.param else {}
+        rows.append(json.dumps(row))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 9', encoding="utf-8")  # the last is being written
+    facts = {"kind": "run", "model": "/models/GLM-4.5-Air", "lora": {"r": 8}, "versions": {"torch": "2.11.0"}}
+    (tmp_path / "glm45_tune.json").write_text(json.dumps(facts))
+    (tmp_path / "recipe.yaml").write_text("data: {train: '</script><script>alert(1)</script>'}\n")
+    (tmp_path / "expert_load.json").write_text(json.dumps({"step": 4, "load": [[0.5, 1.0, 1.5], [3.0, 0.0, 0.0]]}))
+    samples = [
+        {"step": 0, "prompt": "问<i>", "text": "before", "wanted": "right"},
+        {"step": 9, "prompt": "问<i>", "text": "after"},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    return tmp_path, request.param
+
+
+def browse(path, tmp_path) -> str:
+    """The page as a browser that reaches no host has made it."""
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=5000"]
+    switches += [f"--user-data-dir={tmp_path}/browser", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
+    ended = subprocess.run(
+        [CHROMIUM, *switches, "--dump-dom", f"file://{path}"], capture_output=True, text=True, timeout=180, check=True
+    )
+    assert "Uncaught" not in ended.stderr, ended.stderr
+    return ended.stdout
+
+
+def test_the_page_stands_alone(run):
+    directory, _ = run
+    text = page.write(directory).read_text(encoding="utf-8")
+    outside = [url for url in re.findall(r"https?://[^\s\"'<]+", text) if url != "http://www.w3.org/2000/svg"]
+    assert not outside and not re.findall(r"<link|<img|@import|\bsrc=", text)
+    assert "@@" not in text and text.count("<script") == text.count("</script>") == 2
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text and "问&lt;i&gt;" in text and "torch 2.11.0" in text
+    assert len(text) < 700_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (scripts/setup_chromium.sh)")
+def test_a_browser_draws_every_curve_and_tells_what_is_under_the_mouse(run, tmp_path):
+    directory, count = run
+    path = page.write(directory)
+    path.write_text(path.read_text(encoding="utf-8").replace("</html>", "") + HOVER, encoding="utf-8")
+    shown = browse(path, tmp_path)
+    assert 'data-ready="yes"' in shown
+    titles = re.findall(r'<figure data-title="([^"]+)"', shown)
+    assert {"Loss", "Gradient norm by group", "Throughput", "Peak memory", "MFU", "Loss by channel"} <= set(titles)
+    told = json.loads(
+        re.search(r'<pre id="told">(.*?)</pre>', shown, re.DOTALL).group(1).replace("&lt;", "<").replace("&gt;", ">")
+    )
+    assert set(told) == set(titles) and all(display == "block" for display, _ in told.values())
+    assert told["Loss"][1].startswith(f"step {count}\n") and "eval/loss 3.25" in told["Loss"][1]
+    assert told["MFU"][1] == f"step {count}\nperf/mfu 0.31" and "loss/<b>maths</b> 2" in told["Loss by channel"][1]
+    assert "MoE layer 1, expert 2: 0 × the mean" in told["Every expert's tokens over its layer's mean, the last steps"][1]
+    layers = told["The busiest expert of every layer, step by step"][1]
+    assert layers.startswith("layer 6, step ") and layers.endswith("1.6 × the mean")
+
+
+def test_what_is_no_run_is_said(tmp_path, cli):
+    code, _, err = cli("report", tmp_path)
+    assert code == 2 and "no metrics.jsonl here" in err
