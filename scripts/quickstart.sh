@@ -23,23 +23,26 @@ run glm45-tune verify runs/tiny_thinking runs/tiny_thinking_mcore --forward
 echo; echo "3. LoRA on two ranks, experts cut between them, teaches it to answer without thinking."
 run glm45-tune train recipes/tiny_lora.yaml
 
-echo; echo "4. The adapter is merged into a Hugging Face model again; two ways to merge give the same bytes."
-run glm45-tune export runs/tiny_lora --output runs/tiny_at_once
-run glm45-tune convert --to-hf --model runs/tiny_thinking_mcore --adapter runs/tiny_lora --output runs/tiny_merged_again
-run glm45-tune verify runs/tiny_at_once runs/tiny_merged_again
-
-echo; echo "5. One question, then all of them, to both. The last file asks in words neither was taught, and it shows."
-run glm45-tune chat runs/tiny_thinking --prompt '浙江的省会在哪?'
-run glm45-tune chat runs/tiny_at_once --prompt '浙江的省会在哪?'
-run glm45-tune eval runs/tiny_thinking runs/tiny_at_once \
-    --data data_examples/seats_at_once.jsonl --data data_examples/seats_new_phrasing.jsonl --output runs/tiny_scores.json
-
+echo; echo "4. All questions to the base and to the tuned model. The last file asks in words neither was taught, and it shows."
+run glm45-tune eval runs/tiny_lora --data data_examples/seats_at_once.jsonl --data data_examples/seats_new_phrasing.jsonl \
+    --output runs/tiny_scores.json
 python - runs/tiny_scores.json <<'PYTHON'
 import json, sys
 
 thinking, _, tuned, _ = json.load(open(sys.argv[1], encoding="utf-8"))
 good = thinking["thinks"] >= 0.9 and tuned["exact"] >= 0.9 and tuned["thinks"] == 0
-print("\nThe tuned model answers exactly and at once." if good else "\nThe tuned model did not learn what it should.")
+print("The tuned model answers exactly and at once." if good else "The tuned model did not learn what it should.")
 sys.exit(not good)
 PYTHON
+
+echo; echo "5. The adapter is merged into a Hugging Face model again; two ways to merge give the same bytes. Its card says all this."
+run glm45-tune export runs/tiny_lora --output runs/tiny_at_once
+run glm45-tune convert --to-hf --model runs/tiny_thinking_mcore --adapter runs/tiny_lora --output runs/tiny_merged_again
+run glm45-tune verify runs/tiny_at_once runs/tiny_merged_again
+run sed -n '/^## Evaluation/,/^What differs/p' runs/tiny_at_once/README.md
+
+echo; echo "6. A question to both."
+run glm45-tune chat runs/tiny_thinking --prompt '浙江的省会在哪?'
+run glm45-tune chat runs/tiny_at_once --prompt '浙江的省会在哪?'
+echo; echo "To a hub: glm45-tune push runs/tiny_at_once --to hf:ORG/NAME (or ms:)."
 echo "done in $((SECONDS - started)) s; look into runs/"

@@ -136,11 +136,12 @@ def _row(question: Question, answer: Answer) -> dict:
 def show(scores: list[dict]) -> None:
     """A table of scores (documents with `model` and `data`), and the first answer of each."""
     console = Console()
-    table = Table("model", "data", "questions", "exact", "thinks", "calls valid", "perplexity")
+    says_calls = any(score["num_calls"] for score in scores)
+    table = Table("model", "data", "asked", "exact", "thinks", *["calls valid"] * says_calls, "perplexity")
     for score in scores:
         calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%} of {score['num_calls']}"
-        shares = f"{score['exact']:.0%}", f"{score['thinks']:.0%}", calls, f"{score['perplexity']:.4g}"
-        table.add_row(score["model"], Path(score["data"]).name, str(score["num_questions"]), *shares)
+        shares = f"{score['exact']:.0%}", f"{score['thinks']:.0%}", *[calls] * says_calls, f"{score['perplexity']:.4g}"
+        table.add_row(Path(score["model"]).name, Path(score["data"]).name, str(score["num_questions"]), *shares)
     console.print(table)
     for score in scores:
         row = score["rows"][0]
