@@ -267,6 +267,9 @@ class LoggingConfig(Section):
     tensorboard: bool = False
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
+    num_samples: Annotated[int, Field(ge=0)] = 0
+    """Prompts of the data that the model answers before the first step and after the last, for the report. (RL keeps its rollouts.)
+    Not with pipeline or context parallelism."""
 
 
 class CardConfig(Section):
@@ -314,6 +317,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _objective_fits(self):
         check_objective(self)
+        return self
+
+    @model_validator(mode="after")
+    def _writes_samples_only_where_it_can(self):
+        parallel = self.parallel
+        if self.logging.num_samples and max(parallel.pipeline_model_parallel_size, parallel.context_parallel_size) > 1:
+            raise ValueError(
+                "logging.num_samples needs pipeline_model_parallel_size 1 and context_parallel_size 1; set it to 0"
+            )
         return self
 
     @model_validator(mode="after")

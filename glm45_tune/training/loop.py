@@ -20,6 +20,7 @@ from glm45_tune.training.nonfinite import NonFinite
 from glm45_tune.training.policy import PolicyGradient
 from glm45_tune.training.preference import Preference
 from glm45_tune.training.prepare import Job
+from glm45_tune.training.samples import Samples
 from glm45_tune.training.saver import Saver, check_saved
 from glm45_tune.training.sft import Supervised
 from glm45_tune.training.watchdog import Watchdog
@@ -73,6 +74,10 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     nonfinite = NonFinite(job, num_skipped, writes=is_first)
     if is_first:
         print("\n".join(summary.at_start(job, trainer, step)), file=sys.stderr, flush=True)
+    samples = Samples(job, trainer) if job.recipe.kind != "rl" else None
+    if samples and not step:
+        watchdog.enter("writing sample texts")
+        samples.write(0)
     metrics = Metrics(job.run, job.recipe, step, job.num_steps) if is_first else None
     line = LiveLine(step, job.num_steps) if is_first else None
     must_stop = False
@@ -95,6 +100,9 @@ def _train(job: Job, watchdog: Watchdog) -> int:
                 saver.save(_facts(step, values, method, nonfinite))
         watchdog.enter("writing the last checkpoint")
         saver.wait()
+    if samples and step == job.num_steps:
+        watchdog.enter("writing sample texts")
+        samples.write(step)
     method.close()
     check_saved(saver, job.run, step)
     if is_first:

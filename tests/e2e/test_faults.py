@@ -233,3 +233,18 @@ def test_a_signal_saves_and_ends_with_75(run, tmp_path, monkeypatch):
         assert steps(tmp_path / "run")[-1] == step
     assert run("train.save_interval=null")[0] == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_the_same_prompts_are_answered_before_and_after(run, tmp_path, cli):
+    """logging.num_samples; the losses of a run that keeps none; the report shows both."""
+    code, said = run("logging.num_samples=2")
+    assert code == 0, said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [0, 0, 6, 6] and lines[0]["prompt"] == lines[2]["prompt"]
+    assert all(line["prompt"].startswith("[gMASK]<sop>") and "答案" in line["wanted"] for line in lines)
+    assert run("output_dir=" + str(tmp_path / "without"))[0] == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "without")
+    assert cli("report", tmp_path / "run")[0] == 0
+    assert "step 6: " in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    code, said = run("logging.num_samples=2", "parallel.pipeline_model_parallel_size=2")
+    assert code == 2 and "logging.num_samples needs pipeline_model_parallel_size 1" in said

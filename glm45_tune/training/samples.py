@@ -1,0 +1,53 @@
+"""What the model writes to a few of the data's prompts, before the first step and after the last: for the report."""
+
+import json
+
+import numpy as np
+import torch.distributed as dist
+
+from glm45_tune.data.chat import Sample
+from glm45_tune.mcore.generate import Writer
+from glm45_tune.mcore.step import Trainer
+from glm45_tune.rl.engine import Request
+from glm45_tune.training.prepare import Job
+
+SAMPLES_FILE = "samples.jsonl"
+_MOST_TOKENS = 64  # of an answer
+_LONGEST_PROMPT = 2048
+
+
+class Samples:
+    """Prompts of held-out samples where there are any, else of trained ones; none of a stream alone. Used by all ranks together."""
+
+    def __init__(self, job: Job, trainer: Trainer):
+        self._job, self._trainer = job, trainer
+        source = job.held_out.samples or job.train.samples
+        count = min(job.recipe.logging.num_samples, len(source))
+        cut = [_cut(source[number]) for number in range(count)]
+        self._cuts = [(prompt, wanted) for prompt, wanted in cut if 0 < len(prompt) <= _LONGEST_PROMPT]
+
+    def write(self, step: int) -> None:
+        """Add an answer to each prompt to SAMPLES_FILE; the same draw at every step."""
+        if not self._cuts:
+            return
+        decode = self._job.tokenizer.decode
+        writer = Writer(self._trainer.module[0], self._job.source.spec.eos_token_ids, concurrency=len(self._cuts))
+        requests = [Request(prompt.tolist(), min(_MOST_TOKENS, len(wanted) + 16)) for prompt, wanted in self._cuts]
+        answers = writer.write(requests, self._job.recipe.train.seed, step)
+        if dist.get_rank() == 0:
+            with open(self._job.run / SAMPLES_FILE, "a" if step else "w", encoding="utf-8") as file:
+                for (prompt, wanted), answer in zip(self._cuts, answers):
+                    line = {
+                        "step": step,
+                        "prompt": decode(prompt),
+                        "text": decode(answer.token_ids),
+                        "wanted": decode(wanted),
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _cut(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """A sample's tokens up to the first one that is trained, or of plain text its first quarter; and the rest."""
+    first = int(np.argmax(sample.loss_mask > 0))
+    first = first if first > 2 else len(sample.input_ids) // 4
+    return sample.input_ids[:first], sample.input_ids[first:]
