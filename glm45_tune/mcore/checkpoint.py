@@ -4,11 +4,13 @@ The files are a megatron torch_dist checkpoint: of a full fine-tuning run it is 
 A directory is complete only when `complete.json` is in it, written last.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -242,8 +244,32 @@ def _state(trainer: Trainer, is_loading: bool) -> dict:
         for key, value in model.items()
         if not isinstance(value, ShardedObject) and _is_trained(trainer, value.key)
     }
-    optimizer = {
-        number: optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
-        for number, optimizer in _optimizers(trainer).items()
-    }
+    optimizers = _optimizers(trainer)
+    with _buckets_end_to_end(optimizers.values()):
+        optimizer = {
+            number: optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
+            for number, optimizer in optimizers.items()
+        }
     return {"model": model, "optimizer": optimizer}
+
+
+@contextlib.contextmanager
+def _buckets_end_to_end(optimizers: Iterable[DistributedOptimizer]) -> Iterator[None]:
+    """DistributedOptimizer collects its buckets without the padding between them, and then looks for each parameter where it lies
+
+    with the padding: of an embedding that MTP shares, which has a bucket of its own, it would save something else. So, meanwhile,
+    parameters lie where it looks.
+    """
+    kept = [(buffer, buffer.param_index_map) for optimizer in optimizers for buffer in optimizer.buffers]
+    try:
+        for buffer, places in kept:
+            ends = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+            padding = [bucket.offset - end for bucket, end in zip(buffer.buckets, ends)]
+            buffer.param_index_map = {
+                parameter: (start - padding[bucket], end - padding[bucket], bucket)
+                for parameter, (start, end, bucket) in places.items()
+            }
+        yield
+    finally:
+        for buffer, places in kept:
+            buffer.param_index_map = places

@@ -325,11 +325,13 @@ class Trainer:
     def _router_losses(self, num_microbatches: int) -> dict[str, float]:
         names = {"aux_loss": "load_balancing_loss"} if self.has_aux_loss else {}
         names |= {"z_loss": "z_loss"} if self.has_z_loss else {}
-        spec, found = self.module.spec, {}
-        get_moe_metrics_tracker().report(  # all at once: it forgets every loss afterwards
+        spec, found, tracker = self.module.spec, {}, get_moe_metrics_tracker()
+        for name in names.values():  # a stage without experts has recorded nothing, and takes part in every sum
+            tracker.ensure_initialized(name, self.config.num_layers + (self.config.mtp_num_layers or 0))
+            tracker.metrics[name].reduce_group = parallel_state.get_tensor_and_context_parallel_group()
+        tracker.report(  # all at once: it forgets every loss afterwards
             loss_scale=1 / num_microbatches,
             iteration=0,
-            force_initialize=True,  # a stage without experts takes part in the sum
             track_names=list(names.values()),
             num_layers=self.config.num_layers,
             moe_layer_freq=[int(spec.is_moe(layer)) for layer in range(spec.num_layers)],
