@@ -92,7 +92,7 @@ def convert(
         raise UserError("convert: give either --to-mcore or --to-hf.")
     if to_mcore and fp8:
         raise UserError("convert: --fp8 is of --to-hf; megatron's weights stay as they are read.")
-    from glm45_tune.conversion import stream
+    from glm45_tune.conversion import outdir, stream
 
     total = stream.total_bytes(stream.open_model(model))
     with bar("convert", total * (2 if verify else 1)) as tick:
@@ -110,6 +110,8 @@ def convert(
             tick=tick,
         )
     checked = "every byte verified" if verify else "not verified"
+    for name in outdir.nonfinite(output):
+        _say(f"warning: {name} holds NaN or Inf")
     _say(f"wrote {output}: {len(source.names)} tensors, {size_of(output)}, {checked}")
 
 

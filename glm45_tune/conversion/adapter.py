@@ -26,6 +26,20 @@ from glm45_tune.spec import ModelSpec
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _BLOCK_ROWS = 512
+# what a LoRA may have that is more than base + scaling · B · A: (key, which values are harmless, why not)
+_NOT_PLAIN = (
+    ("use_dora", lambda value: False, "DoRA scales each row by a norm of its own"),
+    ("bias", lambda value: value == "none", "it trained biases of the base as well"),
+    ("lora_bias", lambda value: False, "its B carries a bias"),
+    ("modules_to_save", lambda value: False, "these were trained whole; it is a model more than an adapter"),
+    ("trainable_token_indices", lambda value: False, "it trained rows of the embedding whole"),
+    ("layer_replication", lambda value: False, "it belongs to a model with repeated layers"),
+    (
+        "init_lora_weights",
+        lambda value: value is True or not re.match(r"pissa|olora|corda|loftq|lora_ga", str(value)),
+        "it began by changing the base; in PEFT, save it with path_initial_model_for_weight_conversion",
+    ),
+)
 _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
 
 
@@ -182,8 +196,11 @@ class Merged:
         if not path.is_file() or not (self._directory / WEIGHTS).is_file():
             raise CheckpointError(f"{self._directory}: no {CONFIG} with {WEIGHTS} here; not a PEFT adapter.")
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-            raise CheckpointError(f"{path}: only plain LoRA without bias can be merged.")
+        if config.get("peft_type") != "LORA":
+            raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; allowed: LORA.")
+        for key, plain, why in _NOT_PLAIN:
+            if (value := config.get(key)) and not plain(value):
+                raise CheckpointError(f"{path}: {key} is {value!r}, which cannot be merged: {why}.")
         return config
 
     def _read_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
@@ -203,7 +220,7 @@ class Merged:
             if lora_B is None:
                 raise CheckpointError(f"{self._directory / WEIGHTS}: {key} has no lora_B beside it.")
             if module.endswith((".experts", ".experts.base_layer")):
-                factors |= self._of_stack(module, lora_A, lora_B, tensors)
+                factors |= self._of_stack(module, lora_A, lora_B)
             else:
                 factors[f"{module}.weight"] = lora_A, lora_B, self._scaling(module, lora_A.shape[0])
         for name, (lora_A, lora_B, _) in factors.items():
@@ -215,14 +232,17 @@ class Merged:
                 )
         return factors
 
-    def _of_stack(self, module: str, lora_A, lora_B, tensors: dict) -> dict:
+    def _of_stack(self, module: str, lora_A, lora_B) -> dict:
         front = module.removesuffix(".base_layer")
-        nested = f"{_PREFIX}{front}.base_layer.lora_A.weight" in tensors
-        if nested:
-            stack = _STACKS[0] if module.endswith(".base_layer") else _STACKS[1]
-        else:
-            targets = self._lora.get("target_parameters") or []
-            stack = _STACKS[0] if any(target.endswith(_STACKS[0]) for target in targets) else _STACKS[1]
+        # PEFT names only the module; which of its two parameters is meant shows in the widths
+        shape = lora_B.shape[0], lora_A.shape[1]
+        hidden, inner = self.spec.hidden_size, self.spec.moe_ffn_hidden_size
+        if shape not in ((2 * inner, hidden), (hidden, inner)) or lora_A.shape[0] % self.spec.num_moe_experts:
+            raise CheckpointError(
+                f"{self._directory}: was made for another model: {module} has lora_A {tuple(lora_A.shape)} and lora_B "
+                f"{tuple(lora_B.shape)}, which fits neither {' nor '.join(_STACKS)} of {self.path}."
+            )
+        stack = _STACKS[0] if shape == (2 * inner, hidden) else _STACKS[1]
         count = self.spec.num_moe_experts
         rank = lora_A.shape[0] // count
         scaling = self._scaling(f"{front}.{stack}", rank)

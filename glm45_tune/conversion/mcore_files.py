@@ -111,7 +111,8 @@ def plan_mcore(source: HfReader, dialect: str) -> list[PlannedFile]:
     plan = _Plan(source, dialect)
     for row in rows(source.spec):
         plan.add_row(row)
-    plan.add_objects({COMMON: {}} | dict.fromkeys(_extra_states(source.spec, dialect)))
+    plan.add_object({}, [COMMON])
+    plan.add_object(None, _extra_states(source.spec, dialect))
     buffer = io.BytesIO()
     pickle.dump(plan.metadata, buffer, protocol=4)
     files = [*plan.files, literal(".metadata", buffer.getvalue()), literal("metadata.json", FORMAT.encode())]
@@ -163,17 +164,15 @@ class _Plan:
             self.files.append(PlannedFile(f"__{len(self.files)}_0.distcp"))
         return self.files[-1]
 
-    def add_objects(self, objects: dict[str, object]) -> None:
-        """Plain values; equal ones are stored once."""
-        stored: dict[bytes, _StorageInfo] = {}
-        for key, value in objects.items():
-            data = pickled([value])
-            if data not in stored:
-                file = self._file(len(data))
-                stored[data] = _StorageInfo(file.name, file.size, len(data))
-                file.add_bytes(data)
+    def add_object(self, value: object, keys: list[str]) -> None:
+        """A plain value, stored once for all the keys that hold it."""
+        data = pickled([value])
+        file = self._file(len(data))
+        info = _StorageInfo(file.name, file.size, len(data))
+        file.add_bytes(data)
+        for key in keys:
             self.metadata.state_dict_metadata[key] = BytesStorageMetadata()
-            self.metadata.storage_data[MetadataIndex(key)] = stored[data]
+            self.metadata.storage_data[MetadataIndex(key)] = info
 
 
 def _extra_states(spec: ModelSpec, dialect: str) -> list[str]:

@@ -56,6 +56,11 @@ def read_marker(directory: Path) -> dict | None:
         return None
 
 
+def nonfinite(directory: Path) -> list[str]:
+    """The tensors with NaN or Inf that were written there all the same."""
+    return [name for entry in (read_marker(directory) or {})["files"].values() for name in entry.get("nonfinite", [])]
+
+
 def file_hash(path: Path, tick: Callable[[int], None] = lambda size: None) -> str:
     """sha256 of a file; `tick` hears the bytes read."""
     digest = hashlib.sha256()

@@ -3,10 +3,11 @@
 So files can be written by any process in any order, and again after one was killed, and are always the same.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from glm45_tune.conversion.tensors import HfReader, cut, nbytes
+from glm45_tune.conversion.tensors import HfReader, cut
 
 MAX_FILE_BYTES = 2 * 10**9
 
@@ -34,7 +35,7 @@ class PlannedFile:
 
     def add_rows(self, source: HfReader, name: str, first: int, last: int) -> None:
         """Rows of a tensor, cut so that each is read and written at once."""
-        row_bytes = nbytes(source, name) // max(source.shape(name)[0], 1)
+        row_bytes = math.prod(source.shape(name)[1:]) * source.dtype(name).itemsize
         self.parts += [Piece(name, *rows) for rows in cut(first, last, row_bytes)]
         self.size += (last - first) * row_bytes
 

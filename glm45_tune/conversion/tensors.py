@@ -1,6 +1,7 @@
 """Reading a megatron tensor, or a slice of one, from the HF tensors a row names, and cutting it apart again."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -41,7 +42,7 @@ class HfReader(Protocol):
 
 
 def nbytes(source: HfReader, name: str) -> int:
-    return torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
 def cut(first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
-"""Run by every rank: plain megatron-core loads a checkpoint of ours and writes the logits it computes. No model code of ours.
+"""Run by every rank: plain megatron-core loads checkpoints of ours and writes the logits it computes. No model code of ours.
 
-Arguments: checkpoint directory, dialect, tensor × pipeline × expert as "2,1,1", output file. What is ours here is only the CPU
-mode, which turns cuda to cpu, and nothing else of the project.
+Argument: a JSON list of jobs, each checkpoint directory, dialect, [tensor, pipeline, expert] parallel, output file; one after the
+other in the same ranks. What is ours here is only the CPU mode, which turns cuda to cpu, and nothing else of the project.
 """
 
 import json
@@ -178,13 +178,30 @@ def gpt_model(hf: dict, config, common: dict):
     return GPTModel(config, block, mtp_block_spec=mtp, **common)
 
 
-def main(directory: str, dialect: str, sizes: str, output: str) -> None:
+def main(jobs: str) -> None:
     cpu.enter()
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu  # NCCL takes counts as an array, gloo as a list
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.tolist() if as_numpy and torch.is_tensor(tensor) else move(tensor, as_numpy, record_stream)
+    )
+    dist.init_process_group("gloo")
+    for job in json.loads(jobs):
+        compute(*job)
+        parallel_state.destroy_model_parallel()
+        for group in list(dist.distributed_c10d._world.pg_map):  # megatron only forgets them, and each keeps threads
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+    dist.destroy_process_group()
+
+
+def compute(directory: str, dialect: str, sizes: list[int], output: str) -> None:
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    dist.init_process_group("gloo")
-    tp, pp, ep = map(int, sizes.split(","))
+    tp, pp, ep = sizes
     parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     hf = json.load(open(f"{directory}/config.json"))
@@ -230,4 +247,3 @@ def main(directory: str, dialect: str, sizes: str, output: str) -> None:
         if parallel_state.get_data_parallel_rank() == 0:
             torch.save((tokens, results[0]), output)
     dist.barrier()
-    dist.destroy_process_group()

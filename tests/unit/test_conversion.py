@@ -196,7 +196,9 @@ FAULTS = {
         ),
         ["differ in dtype", "q_proj"],
     ),
-    "experts disagree": (lambda d: _edit_config(d, n_routed_experts=6), ["6"]),
+    "experts disagree": (lambda d: _edit_config(d, n_routed_experts=6), ["n_routed_experts is 6 there, 8 here"]),
+    "layers disagree": (lambda d: _edit_config(d, num_hidden_layers=2), ["num_hidden_layers is 2 there, 3 here"]),
+    "dense layers disagree": (lambda d: _edit_config(d, first_k_dense_replace=2), ["first_k_dense_replace is 2 there, 1"]),
     "MTP promised, absent": (lambda d: _edit_config(d, num_nextn_predict_layers=2), ["model.layers.4.", "missing"]),
     "index lies": (
         lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("model-00001-of", "model-00002-of", 1)),
@@ -226,6 +228,89 @@ def test_a_copy_that_differs_is_an_error(broken, tmp_path):
     save_file(tensors, shard)
     with pytest.raises(CheckpointError, match="embed_tokens.*must repeat"):
         convert(broken, tmp_path / "out", "mcore")
+
+
+@pytest.mark.parametrize("to", ["mcore", "hf"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_are_reported_by_name(checkpoints, broken, tmp_path, cli, to, value):
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    index = json.loads((broken / INDEX).read_text())
+    shard = broken / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][7, 11] = value
+    save_file(tensors, shard)
+    if to == "hf":
+        convert(broken, tmp_path / "mcore", "mcore", allow_nonfinite=True, verify=False)
+    source = broken if to == "mcore" else tmp_path / "mcore"
+    command = ["convert", f"--to-{to}", "--model", source, "--output", tmp_path / "out"]
+    code, _, err = cli(*command)
+    assert code == 2 and name in err and "--allow-nonfinite" in err and not (tmp_path / "out").exists()
+    code, _, err = cli(*command, "--allow-nonfinite")
+    assert code == 0 and name in err  # said, and done
+    assert not compare(open_model(source), open_model(tmp_path / "out")).differences
+
+
+@pytest.mark.parametrize("to", ["mcore", "hf"])
+def test_mtp_off_writes_a_model_without_it(checkpoints, broken, tmp_path, cli, to):
+    """Where it is promised and absent, and where it is there."""
+    absent = shutil.copytree(checkpoints["air-no-mtp"], tmp_path / "absent")
+    _edit_config(absent, num_nextn_predict_layers=1)
+    code, _, err = cli("convert", f"--to-{to}", "--model", absent, "--output", tmp_path / "out")
+    assert code == 2 and "num_nextn_predict_layers is 1 there, 0 here" in err and "--mtp off" in err
+    for number, source in enumerate((absent, broken)):
+        output = tmp_path / f"out{number}"
+        assert cli("convert", f"--to-{to}", "--model", source, "--output", output, "--mtp", "off")[0] == 0
+        assert json.loads((output / "config.json").read_text())["num_nextn_predict_layers"] == 0
+        made = open_model(output)
+        assert not any(name.startswith("model.layers.3.") for name in made.names)
+        without = HfDir(checkpoints["air-no-mtp"])
+        assert set(made.names) == set(without.names)
+        if source is absent:
+            assert not compare(made, without).differences
+
+
+@pytest.mark.parametrize("damage", ["a byte", "length", "gone"])
+def test_verify_of_one_directory_checks_its_hashes(checkpoints, tmp_path, cli, damage):
+    """Every file, whichever byte of it."""
+    convert(checkpoints["air"], tmp_path / "out", "mcore")
+    code, out, _ = cli("verify", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["equal"]
+    names = json.loads((tmp_path / "out" / "glm45_tune.json").read_text())["files"]
+    assert set(names) | {"glm45_tune.json"} == {path.name for path in (tmp_path / "out").iterdir()}
+    rng = np.random.default_rng(3)
+    for name in names:
+        path = tmp_path / "out" / name
+        data = path.read_bytes()
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed if damage == "a byte" else data[:-1])
+        if damage == "gone":
+            path.unlink()
+        code, out, err = cli("verify", tmp_path / "out", "--json")
+        assert code == 3 and [d["name"] for d in json.loads(out)["differences"]] == [name] and "Traceback" not in err
+        path.write_bytes(data)
+    assert cli("verify", tmp_path / "out")[0] == 0
+
+
+def test_verify_of_one_directory_needs_hashes(broken, cli):
+    (broken / "glm45_tune.json").unlink()
+    code, _, err = cli("verify", broken)
+    assert code == 2 and "no glm45_tune.json with hashes" in err
+
+
+def test_configs_of_later_releases_go_the_same_road(checkpoints, broken, tmp_path):
+    """GLM-4.6 and 4.7: longer context, rotary keys nested as transformers 5 writes them, more eos; Base: no chat template."""
+    config = json.loads((broken / "config.json").read_text())
+    rope = {"rope_theta": config.pop("rope_theta"), "partial_rotary_factor": config.pop("partial_rotary_factor")}
+    del config["rope_scaling"], config["torch_dtype"]
+    config |= {"rope_parameters": rope | {"rope_type": "default"}, "max_position_embeddings": 202752, "dtype": "bfloat16"}
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "chat_template.jinja").unlink()
+    convert(broken, tmp_path / "mcore", "mcore")
+    convert(tmp_path / "mcore", tmp_path / "hf", "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == config
+    assert not (tmp_path / "hf" / "chat_template.jinja").exists()
+    assert not compare(HfDir(checkpoints["air"]), HfDir(tmp_path / "hf")).differences
 
 
 def test_a_directory_that_is_not_ours_is_kept(checkpoints, tmp_path, cli):
