@@ -116,9 +116,15 @@ class Trainer:
         self.expert_load = torch.zeros(0, 0)
         """Of the last step, see StepResult."""
 
-    def train(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float], lr: float) -> StepResult:
-        """A step of supervised training. denominators: the global batch's total weight of each prediction."""
-        result = self.update(batches, num_microbatches, partial(_weighted_mean, self._scales(denominators)), lr)
+    def train(
+        self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float], lr: float, num_channels: int = 0
+    ) -> StepResult:
+        """A step of supervised training. denominators: the global batch's total weight of each prediction.
+
+        num_channels: the batches have `along["channel"]`, and `sums` then hold the weighted loss of each: channel/0, …
+        """
+        objective = partial(_weighted_mean, self._scales(denominators), num_channels)
+        result = self.update(batches, num_microbatches, objective, lr)
         return replace(result, losses=_losses(result.sums, denominators))
 
     def update(self, batches: Iterable[Batch], num_microbatches: int, objective: Objective, lr: float) -> StepResult:
@@ -145,7 +151,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float]) -> StepResult:
         """Losses alone; nothing is updated."""
-        result = self.measure(batches, num_microbatches, partial(_weighted_mean, self._scales(denominators)))
+        result = self.measure(batches, num_microbatches, partial(_weighted_mean, self._scales(denominators), 0))
         return replace(result, losses=_losses(result.sums, denominators))
 
     @torch.no_grad()
@@ -355,10 +361,14 @@ def _loss(objective: Objective, parts: int, batch: Batch, losses: torch.Tensor):
     return loss * parts, numbers
 
 
-def _weighted_mean(scales: torch.Tensor, batch: Batch, losses: torch.Tensor):
+def _weighted_mean(scales: torch.Tensor, num_channels: int, batch: Batch, losses: torch.Tensor):
     """Supervised training: the weighted sum of each prediction's cross entropies, scaled to a mean."""
-    sums = (losses * batch.weights).sum(dim=1)
-    return (sums * scales).sum(), {str(number): value for number, value in enumerate(sums.detach())}
+    weighted = losses * batch.weights
+    sums = weighted.sum(dim=1)
+    numbers = {str(number): value for number, value in enumerate(sums.detach())}
+    for channel in range(num_channels):
+        numbers[f"channel/{channel}"] = weighted[0].detach()[batch.along["channel"] == channel].sum()
+    return (sums * scales).sum(), numbers
 
 
 def _losses(sums: dict[str, float], denominators: list[float]) -> list[float]:

@@ -1,7 +1,10 @@
 """Supervised fine-tuning and continued pre-training: what happens in a step, and what is held out."""
 
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from glm45_tune.data.batch import Batch, collate, total_weights
@@ -10,7 +13,7 @@ from glm45_tune.data.packing import BatchPlan
 from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import StepResult, Trainer
-from glm45_tune.plan.timing import work
+from glm45_tune.plan.timing import Work, work
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.schedule import learning_rate_of
 
@@ -20,7 +23,16 @@ class Supervised:
 
     def __init__(self, job: Job, trainer: Trainer):
         self._job, self._trainer = job, trainer
-        self._work = work(job.source.spec, job.recipe)
+
+    @cached_property
+    def _work(self) -> Work:
+        return work(self._job.source.spec, self._job.recipe)
+
+    @cached_property
+    def _sources(self) -> set[str]:
+        """All that are known to be trained; a stream's are added as they come."""
+        samples = self._job.train.samples
+        return set(samples.origins().names if len(samples) else ())
 
     def train_step(self, step: int) -> dict[str, float]:
         job, trainer = self._job, self._trainer
@@ -30,16 +42,25 @@ class Supervised:
         denominators = total_weights(members, trainer.num_predictions)
         microbatches = job.plan.share(rows, trainer.data_parallel_rank)
         lr = learning_rate_of(job.recipe, step, job.num_steps)
-        result = trainer.train(batches(job, trainer, microbatches), len(microbatches), denominators.tolist(), lr)
+        channels = self._channels_of(members)
+        made = batches(job, trainer, microbatches, channels)
+        result = trainer.train(made, len(microbatches), denominators.tolist(), lr, len(channels))
         tokens = sum(len(sample.input_ids) for sample in members)
         return {
             **common_metrics(result, trainer, result.losses[0]),
+            **_channel_losses(result, members, channels),
             "train/learning_rate": lr,
             "train/tokens": tokens,
             "train/trained_tokens": float(denominators[0]),
             "flops": self._work.of([len(sample.input_ids) for sample in members]),
             "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
         }
+
+    def _channels_of(self, members: list[Sample]) -> list[str]:
+        """The sources of a step's samples, whose losses are told apart; none where the run has seen but one."""
+        found = sorted({sample.source for sample in members})
+        self._sources.update(found)
+        return found if len(self._sources) > 1 else []
 
     def evaluate(self) -> dict[str, float]:
         job, trainer = self._job, self._trainer
@@ -72,11 +93,25 @@ class Supervised:
             self._job.stream.close()
 
 
-def batches(job: Job, trainer: Trainer, microbatches: list[list[list[Sample]]]) -> Iterator[Batch]:
-    """One Batch for each micro batch of rows, made when it is needed."""
+def batches(
+    job: Job, trainer: Trainer, microbatches: list[list[list[Sample]]], channels: list[str] | None = None
+) -> Iterator[Batch]:
+    """One Batch for each micro batch of rows, made when it is needed; with `channels`, each token's goes along."""
     for rows in microbatches:
         members = [sample for row in rows for sample in row]
-        yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id)
+        along = {}
+        if channels:
+            along["channel"] = [np.full(len(each.input_ids), channels.index(each.source)) for each in members]
+        yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id, along)
+
+
+def _channel_losses(result: StepResult, members: list[Sample], channels: list[str]) -> dict[str, float]:
+    """`loss/NAME` of every channel: the mean over its trained tokens of this step."""
+    found = {}
+    for number, channel in enumerate(channels):
+        weight = total_weights([sample for sample in members if sample.source == channel], 1)[0]
+        found[f"loss/{Path(channel).name}"] = result.sums[f"channel/{number}"] / max(weight, 1e-30)
+    return found
 
 
 def common_metrics(result: StepResult, trainer: Trainer, loss: float) -> dict[str, float]:

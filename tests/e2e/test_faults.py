@@ -248,3 +248,22 @@ def test_the_same_prompts_are_answered_before_and_after(run, tmp_path, cli):
     assert "step 6: " in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     code, said = run("logging.num_samples=2", "parallel.pipeline_model_parallel_size=2")
     assert code == 2 and "logging.num_samples needs pipeline_model_parallel_size 1" in said
+
+
+def test_losses_by_channel_make_up_the_loss(run, tmp_path):
+    """Two sources: each one's mean, weighted by its trained tokens of the step, is the step's loss."""
+    other = tmp_path / "other.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "yes " * n}]}
+        for n in range(1, 9)
+    ]
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, said = run(f"data.train=[{tmp_path}/train.jsonl,{other}]", "train.steps=3", "train.save_interval=null")
+    assert code == 0, said
+    both = 0
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found = [row[name] for name in ("loss/train.jsonl", "loss/other.jsonl") if name in row]
+        both += len(found) == 2
+        assert min(found) - 1e-6 <= row["train/loss"] <= max(found) + 1e-6
+    assert both
