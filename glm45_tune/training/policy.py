@@ -38,6 +38,7 @@ class PolicyGradient:
         self._engine.synchronise(self._version)
         self._trainer.enter("rollout")
         synchronised = time.perf_counter()
+        self._trainer.enter("rollout")
         rollout = self._roller.roll(step)
         rolled = time.perf_counter()
         lr = learning_rate_of(job.recipe, step, job.num_steps)
