@@ -171,10 +171,7 @@ class Trainer:
             chunk.eval()
         with contextlib.nullcontext() if with_adapter else lora.off(self.module):
             reports = self._run(iter(batches), len(batches), _keep, forward_only=True)
-        self._last_routes = [
-            {router.layer_number: router.router_replay.history[number] for chunk in self._routers for router in chunk}
-            for number in range(len(batches))
-        ]
+        self._last_routes = [self._routes_taken(batch, number) for number, batch in enumerate(batches)]
         found = [torch.zeros(len(batch.tokens)) for batch in batches]
         for whole, report, batch in zip(found, reports, batches):
             own, index = report["kept"].cpu(), torch.arange(len(batch.tokens))
@@ -229,13 +226,23 @@ class Trainer:
         """For each batch of the last `log_probabilities` the experts that this rank's routers sent its tokens to, see `Batch.routes`."""
         return self._last_routes
 
+    def _routes_taken(self, batch: Batch, number: int) -> dict[int, torch.Tensor]:
+        """Of the batch that ran as `number`; −1 for padding, where nobody cares."""
+        is_padding = self._own(self._cut(batch).sequence < 0).unsqueeze(1).to(runtime.device())
+        routers = [router for chunk in self._routers for router in chunk]
+        return {r.layer_number: r.router_replay.history[number].masked_fill(is_padding, -1) for r in routers}
+
+    def _own(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values for this context rank's tokens those that this tensor rank's routers see."""
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        return values.chunk(tensor.size())[tensor.rank()]
+
     def routes_of(self, batch: Batch, experts: torch.Tensor) -> dict[int, torch.Tensor]:
         """experts int [T, MoE layers, K] of the whole row → `Batch.routes` of this rank's part."""
         if self._layout.context_parallel_size > 1:
             index = torch.from_numpy(self._cut(batch).share.index)
             experts = experts[index.clamp(min=0)].masked_fill((index < 0)[:, None, None], -1)
-        tensor = parallel_state.get_tensor_model_parallel_group()
-        own = experts.chunk(tensor.size())[tensor.rank()].long().to(runtime.device())
+        own = self._own(experts).long().to(runtime.device())
         dense = self.module.spec.num_dense_layers  # a GPT layer is two of megatron's, numbered from 1
         return {r.layer_number: own[:, r.layer_number // 2 - 1 - dense] for chunk in self._routers for r in chunk}
 

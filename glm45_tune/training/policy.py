@@ -1,5 +1,6 @@
 """Reinforcement learning: answers that were worth more than their group's become likelier, within bounds of the policy that wrote them."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -38,6 +39,7 @@ class PolicyGradient:
         self._engine.synchronise(self._version)
         self._trainer.enter("rollout")
         synchronised = time.perf_counter()
+        self._trainer.enter("rollout")
         rollout = self._roller.roll(step)
         rolled = time.perf_counter()
         lr = learning_rate_of(job.recipe, step, job.num_steps)
@@ -67,6 +69,11 @@ class PolicyGradient:
 
     def resume(self, state: dict) -> None:
         self._roller.prompts.taken, self._version = state["prompts_taken"], state["version"]
+        path = self._job.run / SAMPLES_FILE
+        if torch.distributed.get_rank() == 0 and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
+            path.write_text("".join(kept), encoding="utf-8")
 
     def close(self) -> None:
         self._roller.close()

@@ -153,6 +153,8 @@ def test_a_run_stopped_and_started_again_has_the_same_prompts_left(make):
             assert a[name] == b[name], (a["step"], name)
     facts = json.loads((job.run / "checkpoints" / "step_000006" / "complete.json").read_text())
     assert facts["prompts_taken"] == 24
+    samples = [json.loads(line) for line in (job.run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [step for step in range(1, 7) for _ in range(4)]
 
 
 def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stops(make, capsys):
