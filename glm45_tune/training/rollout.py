@@ -26,13 +26,17 @@ class Answer:
     sample: Sample
     group: int
     token_ids: list[int]
-    written: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    written: list[bool] = field(init=False)
+    logprobs: list[float] = field(init=False)
     experts: np.ndarray | None = None
     finish: str = ""
     version: int = 0
     reward: float = np.nan
     advantage: float = 0.0
+
+    def __post_init__(self):
+        self.written = [False] * len(self.token_ids)
+        self.logprobs = [0.0] * len(self.token_ids)
 
     @property
     def length(self) -> int:
@@ -52,10 +56,6 @@ class Answer:
         self.token_ids = self.token_ids + token_ids
         self.written += [is_written] * len(token_ids)
         self.logprobs += logprobs
-
-    def __post_init__(self):
-        self.written = [False] * len(self.token_ids)
-        self.logprobs = [0.0] * len(self.token_ids)
 
 
 @dataclass
@@ -130,9 +130,9 @@ class Roller:
         ]
         under_way = answers
         for turn in range(rl.max_turns):
-            room = [min(rl.max_new_tokens - a.length, limit - len(a.token_ids)) for a in under_way]
-            under_way = [answer for answer, left in zip(under_way, room) if left > 0]
-            requests = [Request(answer.token_ids, left) for answer, left in zip(under_way, filter(lambda n: n > 0, room))]
+            room = [(a, min(rl.max_new_tokens - a.length, limit - len(a.token_ids))) for a in under_way]
+            requests = [Request(answer.token_ids, left) for answer, left in room if left > 0]
+            under_way = [answer for answer, left in room if left > 0]
             if not requests:
                 break
             for answer, completion in zip(under_way, self._engine.generate(requests, seed * 17 + turn), strict=True):
