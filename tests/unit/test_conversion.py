@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glm45_tune.conversion import mcore_files
+from glm45_tune.conversion import blocks, hf_files, mcore_files, tensors, torch_dist
 from glm45_tune.conversion.hf_files import INDEX, HfDir, plan_hf
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import Row, rows
@@ -109,6 +109,28 @@ def test_round_trip_of_any_sizes(tmp_path_factory, sizes, dense, heads, shard, g
     convert(root / "mcore", root / "back", "hf", verify=False)
     assert not compare(HfDir(root / "hf"), HfDir(root / "back")).differences
     shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("dialect", ["hybrid", "gpt"])
+def test_memory_holds_a_piece_however_large_a_tensor_is(checkpoints, tmp_path, monkeypatch, dialect):
+    """With pieces of 128 rows at most and chunks of 32 KiB: no read is larger, in conversion or verification, and no byte moves."""
+    largest, real = [0], blocks.read_block
+
+    def counted(file, start, dtype, shape, low, high):
+        tensor = real(file, start, dtype, shape, low, high)
+        largest[0] = max(largest[0], tensor.nbytes)
+        return tensor
+
+    for module in (hf_files, torch_dist):
+        monkeypatch.setattr(module, "read_block", counted)
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 2**12)
+    monkeypatch.setattr(mcore_files, "MAX_CHUNK_BYTES", 2**15)
+    source = HfDir(checkpoints["355b"])
+    convert(checkpoints["355b"], tmp_path / "mcore", "mcore", dialect)
+    convert(tmp_path / "mcore", tmp_path / "hf", "hf")
+    assert largest[0] <= max(128 * source.read(name, 0, 1).nbytes for name in source.names)
+    assert len(McoreDir(tmp_path / "mcore").tensors["embedding.word_embeddings.weight"].chunks) > 1
+    assert not compare(source, HfDir(tmp_path / "hf")).differences
 
 
 def test_slices_are_the_merged_tensors_slices(checkpoints):
