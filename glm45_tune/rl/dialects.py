@@ -15,8 +15,15 @@ class BadAnswer(Exception):
     """A server answered, but not what was asked for."""
 
 
+# a server would take these from the checkpoint's generation_config.json
+_ALL_WORDS = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
 class Vllm:
-    """vLLM's token-in-token-out endpoint. Log-probabilities are at the sampling temperature with --logprobs-mode processed_logprobs."""
+    """vLLM's token-in-token-out endpoint, which wants --enable-scale-out. Log-probabilities are at the sampling temperature with
+
+    --logprobs-mode processed_logprobs.
+    """
 
     health = "/health"
 
@@ -24,6 +31,8 @@ class Vllm:
         sampling = {
             "max_tokens": request.max_new_tokens,
             "temperature": temperature,
+            **_ALL_WORDS,
+            "top_k": 0,
             "stop_token_ids": stop_ids,
             "seed": seed,
             "logprobs": 0,
@@ -39,13 +48,6 @@ class Vllm:
             experts = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False).astype(np.int16)
         finish = {"stop": "stop", "length": "length"}.get(choice["finish_reason"], "aborted")
         return Completion(choice["token_ids"], logprobs, finish, version, experts)
-
-    def score(self, token_ids: list[int], temperature: float, adapter: str | None):
-        sampling = {"max_tokens": 1, "temperature": temperature, "prompt_logprobs": 0, "detokenize": False}
-        return "/inference/v1/generate", {"token_ids": token_ids, "sampling_params": sampling} | _model(adapter)
-
-    def scored(self, answer: dict, token_ids: list[int]) -> list[float]:
-        return [place[str(token)]["logprob"] for token, place in zip(token_ids[1:], answer["prompt_logprobs"][1:])]
 
     def load_adapter(self, name: str, path: str):
         return "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}
@@ -64,6 +66,8 @@ class Sglang:
         sampling = {
             "max_new_tokens": request.max_new_tokens,
             "temperature": temperature,
+            **_ALL_WORDS,
+            "top_k": -1,
             "stop_token_ids": stop_ids,
             "sampling_seed": seed,
         }
@@ -77,17 +81,6 @@ class Sglang:
         if "output_ids" in answer and answer["output_ids"] != tokens:
             raise BadAnswer("its token ids and its log-probabilities are of different tokens")
         return Completion(tokens, [entry[0] for entry in facts["output_token_logprobs"]], finish, version)
-
-    def score(self, token_ids: list[int], temperature: float, adapter: str | None):
-        sampling = {"max_new_tokens": 1, "temperature": temperature}
-        body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-        return "/generate", body | ({"lora_path": adapter} if adapter else {})
-
-    def scored(self, answer: dict, token_ids: list[int]) -> list[float]:
-        entries = answer["meta_info"]["input_token_logprobs"]
-        if [entry[1] for entry in entries] != token_ids:
-            raise BadAnswer("it scored other tokens than those it was given")
-        return [entry[0] for entry in entries[1:]]
 
     def load_adapter(self, name: str, path: str):
         return "/load_lora_adapter", {"lora_name": name, "lora_path": path}
@@ -113,8 +106,8 @@ def check(completion: Completion, request: Request, stop_ids: list[int]) -> None
         raise BadAnswer(f"{count} tokens of {request.max_new_tokens}, though it says the limit ended them")
     if completion.finish == "stop" and (not count or completion.token_ids[-1] not in stop_ids):
         raise BadAnswer("it says a stop token ended the answer, and the answer's last token is none")
-    if not all(np.isfinite(logprob) and logprob <= 1e-4 for logprob in completion.logprobs):
-        raise BadAnswer("a log-probability is above 0 or no number")
+    if not all(-1000 < logprob <= 1e-4 for logprob in completion.logprobs):  # vLLM says −9999 where it has none
+        raise BadAnswer("a log-probability is above 0, below −1000 or no number")
 
 
 DIALECTS = {"vllm": Vllm(), "sglang": Sglang()}

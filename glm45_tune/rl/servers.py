@@ -118,10 +118,23 @@ class Servers:
             if last:
                 self._say(url, *self._dialect.drop_adapter(last[0]))
 
-    def score(self, token_ids: list[int]) -> dict[str, list[float]]:
-        """URL → what that server thinks of each token but the first."""
-        asked = self._dialect.score(token_ids, self._temperature, self._adapter and self._adapter[0])
-        return {url: self._dialect.scored(self._say(url, *asked), token_ids) for url in self.urls}
+    def probe(self, request: Request, count: int) -> dict[str, list[Completion]]:
+        """URL → some answers of that server to one request, each of another seed."""
+        found: dict[str, list[Completion]] = {}
+        for url in self.urls:
+            for seed in range(count):
+                path, body = self._dialect.generate(request, self._temperature, self._stop_ids, seed, self._adapter_name)
+                try:
+                    completion = self._dialect.completion(self._say(url, path, body), 0)
+                    check(completion, request, self._stop_ids)
+                except (BadAnswer, KeyError, TypeError, ValueError) as error:
+                    raise UserError(f"rl.engine {url}: {type(error).__name__}: {error}.") from error
+                found.setdefault(url, []).append(completion)
+        return found
+
+    @property
+    def _adapter_name(self) -> str | None:
+        return self._adapter and self._adapter[0]
 
     def _say(self, url: str, path: str, body: dict) -> dict:
         try:
@@ -156,9 +169,7 @@ class Servers:
             return list(await asyncio.gather(*(one(number, request) for number, request in enumerate(requests))))
 
     async def _ask(self, client: httpx.AsyncClient, request: Request, seed: int, version: int) -> Completion:
-        path, body = self._dialect.generate(
-            request, self._temperature, self._stop_ids, seed, self._adapter and self._adapter[0]
-        )
+        path, body = self._dialect.generate(request, self._temperature, self._stop_ids, seed, self._adapter_name)
         reason = ""
         tried: set[str] = set()
         for _ in range(self._config.retries + 1):

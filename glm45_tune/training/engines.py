@@ -21,7 +21,7 @@ from glm45_tune.rl.engine import Completion, Request
 from glm45_tune.rl.servers import Servers
 from glm45_tune.training.prepare import Job
 
-PROBE_TOKENS = 64
+PROBES, PROBE_TOKENS = 4, 32
 
 
 class Engine(Protocol):
@@ -67,7 +67,7 @@ class LocalEngine:
 
 
 class ServedEngine:
-    """Servers that the first rank speaks to, see `rl/servers.py`. Every new set of weights is tried on tokens that the trainer knows."""
+    """Servers that the first rank speaks to, see `rl/servers.py`. Every new set of weights is tried: the trainer scores a few answers."""
 
     def __init__(self, job: Job, trainer: Trainer):
         recipe, spec = job.recipe, job.source.spec
@@ -75,7 +75,8 @@ class ServedEngine:
         self._version: int | None = None
         self._home = job.run / "engine"
         self._gap = 0.0
-        self._probe = (job.train.samples[0].input_ids.tolist() * 2)[:PROBE_TOKENS]
+        prompt = job.train.samples[0].input_ids.tolist()
+        self._probe = Request(prompt, min(PROBE_TOKENS, recipe.rl.max_new_tokens, recipe.data.seq_length - len(prompt)))
         if dist.get_rank() == 0:
             shutil.rmtree(self._home, ignore_errors=True)
             self._home.mkdir()
@@ -90,8 +91,17 @@ class ServedEngine:
             return
         directory = self._home / f"weights_{version}"
         on_first_rank(self._trainer.module, partial(self._write, directory))
-        wanted = self._trainer.score(self._probe)
-        self._gap = on_first(lambda: self._load(directory, version, np.array(wanted)))
+        for anew in (False, True):
+            on_first(partial(self._give, directory, version, anew))
+            url, self._gap = self._tried()
+            if self._gap <= self._config.probe_tolerance:
+                break
+            if anew or self._config.urls:
+                raise UserError(
+                    f"rl.engine {url}: gives log-probabilities {self._gap:.4f} from the trainer's on the mean of its own answers "
+                    f"(rl.engine.probe_tolerance {self._config.probe_tolerance}): it serves another model or older weights, computes "
+                    "otherwise, or leaves the temperature out."
+                )
         self._version = version
 
     def metrics(self) -> dict[str, float]:
@@ -119,27 +129,29 @@ class ServedEngine:
                 write_peft_of(live, recipe.lora, source, Path(holder) / "adapter")
                 to_hf(Merged(base, Path(holder) / "adapter"), directory, verify=False)
 
-    def _load(self, directory: Path, version: int, wanted: np.ndarray) -> float:
-        """Give the servers the weights and try them; a server of ours that thinks otherwise is started anew once."""
-        for anew in (False, True) if self._servers.is_ours else (False,):
+    def _give(self, directory: Path, version: int, anew: bool) -> None:
+        """Give the servers the weights; anew: by starting the server of ours again."""
+        if anew:
+            self._servers.faults["weights not taken"] += 1
+        if self._config.sync == "lora":
             if anew:
-                self._servers.faults["weights not taken"] += 1
-            if self._config.sync == "lora":
-                self._servers.stop() if anew else None
-                self._servers.load_adapter(f"weights_{version}", directory)
-            else:
-                self._servers.load_directory(directory, anew)
-            gaps = {url: float(np.abs(np.array(v) - wanted).mean()) for url, v in self._servers.score(self._probe).items()}
-            worst = max(gaps, key=gaps.get)
-            if gaps[worst] <= self._config.probe_tolerance:
-                for old in self._home.glob("weights_*"):
-                    if old != directory:
-                        shutil.rmtree(old)
-                return gaps[worst]
-        raise UserError(
-            f"rl.engine {worst}: gives log-probabilities {gaps[worst]:.4f} from the trainer's on the mean of {len(wanted)} tokens "
-            f"(rl.engine.probe_tolerance {self._config.probe_tolerance}): it serves another model, older weights, or computes otherwise."
-        )
+                self._servers.stop()
+            self._servers.load_adapter(f"weights_{version}", directory)
+        else:
+            self._servers.load_directory(directory, anew)
+        for old in self._home.glob("weights_*"):
+            if old != directory:
+                shutil.rmtree(old)
+
+    def _tried(self) -> tuple[str, float]:
+        """(URL, mean difference of log-probabilities) of the server that is furthest from the trainer, on answers of its own."""
+        prompt = self._probe.token_ids
+        gaps = {}
+        for url, answers in on_first(lambda: self._servers.probe(self._probe, PROBES)).items():
+            scored = [self._trainer.score(prompt + answer.token_ids)[len(prompt) - 1 :] for answer in answers]
+            found = [np.abs(np.array(ours) - answer.logprobs) for ours, answer in zip(scored, answers)]
+            gaps[url] = float(np.concatenate(found).mean())
+        return max(gaps.items(), key=lambda item: item[1])
 
 
 def on_first(work: Callable[[], object]) -> object:

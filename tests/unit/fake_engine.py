@@ -63,9 +63,6 @@ class Backend:
                 self._models[body["model"]] = load(body["model"], dtype=torch.float32).eval()
                 return {}
             model, ids, temperature = self._models[body["model"]], body["ids"], body["temperature"]
-            if path == "/read":
-                logps = (model(torch.tensor([ids])).logits[0, :-1] / temperature).log_softmax(1)
-                return {"logprobs": logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()}
             generator = torch.Generator().manual_seed(body["seed"])
             tokens, logprobs = [], []
             while len(tokens) < body["count"]:
@@ -98,9 +95,6 @@ def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> Non
 
     def vllm(path: str, body: dict, order: str) -> dict:
         wish, ids = body["sampling_params"], body["token_ids"]
-        if "prompt_logprobs" in wish:
-            scored = ask("/read", {"ids": ids, "temperature": wish["temperature"]})["logprobs"]
-            return {"prompt_logprobs": [None, *({str(t): {"logprob": v}} for t, v in zip(ids[1:], scored))], "choices": []}
         written = ask(
             "/write", {"ids": ids, "count": wish["max_tokens"], "stops": wish["stop_token_ids"], **_draw(wish, "seed")}
         )
@@ -115,9 +109,6 @@ def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> Non
                 ask("/load", {})
             return {"success": True}
         wish, ids = body["sampling_params"], body["input_ids"]
-        if "logprob_start_len" in body:
-            scored = ask("/read", {"ids": ids, "temperature": wish["temperature"]})["logprobs"]
-            return {"meta_info": {"input_token_logprobs": [[v, t, None] for t, v in zip(ids, [None, *scored])]}}
         count, stops = wish["max_new_tokens"], wish["stop_token_ids"]
         written = ask("/write", {"ids": ids, "count": count, "stops": stops, **_draw(wish, "sampling_seed")})
         entries = [[value, token, None] for token, value in zip(written["tokens"], written["logprobs"])]
