@@ -15,7 +15,7 @@ from glm45_tune.mcore.load import load_weights, sharded_tensors
 from glm45_tune.mcore.model import GLM45Model
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import LoraConfig, Recipe
-from glm45_tune.training import run_directory
+from glm45_tune.training import record, run_directory
 from glm45_tune.training.prepare import prepare
 from glm45_tune.training.sft import Supervised
 
@@ -56,7 +56,7 @@ def _trained_run(directory, data, run, make_recipe, layout, lora_section, train=
         for shard in sharded_tensors(trainer.module):
             if shard.key.endswith("lora_B"):
                 shard.data.copy_(torch.randn(shard.data.shape, generator=generator) * 0.1)
-    with run_directory.opened(recipe, job.facts):
+    with run_directory.opened(recipe, job.facts | record.facts(job)):
         pass
     checkpoint.save(trainer, checkpoint.step_directory(run, 1), job.source.config, {"step": 1})
     return trainer.module[0].eval()

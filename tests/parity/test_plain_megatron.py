@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from glm45_tune.conversion import mcore_files
 from glm45_tune.conversion.stream import convert
 
 SCRIPT = Path(__file__).parent / "plain_megatron.py"
@@ -20,13 +21,15 @@ LAYOUTS = [("air", (1, 1, 1)), ("355b", (2, 1, 1)), ("air", (1, 2, 1)), ("355b",
 def computed(checkpoints, tmp_path_factory, ranks):
     """(model, layout, dialect) → tokens and logits of plain megatron, all from one start of four ranks."""
     output = tmp_path_factory.mktemp("converted")
-    jobs = {}
+    jobs, chunk = {}, mcore_files.MAX_CHUNK_BYTES
+    mcore_files.MAX_CHUNK_BYTES = 2**15  # so that tensors lie in several chunks, as a whole model's do
     for dialect in ("hybrid", "gpt"):
         for like, sizes in LAYOUTS:
             directory = output / f"{like}-{dialect}"
             if not directory.exists():
                 convert(checkpoints[like], directory, "mcore", dialect)
             jobs[like, sizes, dialect] = [str(directory), dialect, sizes, str(output / f"{len(jobs)}.pt")]
+    mcore_files.MAX_CHUNK_BYTES = chunk
     ranks(4, SCRIPT, [json.dumps(list(jobs.values()))])
     return {key: torch.load(job[-1], weights_only=True) for key, job in jobs.items()}
 
