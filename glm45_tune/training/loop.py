@@ -84,6 +84,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     with Interruption() as interruption:
         while step < job.num_steps and not must_stop:
             watchdog.step = step
+            watchdog.enter("preparing its batch")
             values = _step(job, method, step)
             step += 1
             is_last = step == job.num_steps

@@ -15,7 +15,7 @@ FAULTY = Path(__file__).parent / "faulty"
 @pytest.fixture
 def fail(checkpoints, corpus, make_recipe, tmp_path):
     """Train on two ranks with one fault; returns (exit code, what was said, seconds)."""
-    train = {"steps": 6, "save_interval": 2, "distributed_timeout_minutes": 0.1}
+    train = {"steps": 6, "save_interval": 2, "distributed_timeout_minutes": 0.3}
     sections = {"lora": {"r": 4}, "parallel": {"expert_model_parallel_size": 2}, "train": train}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(make_recipe(checkpoints["air"], corpus, tmp_path / "run", **sections)))
@@ -34,7 +34,7 @@ def test_a_failing_rank_is_heard_first(fail):
     """Its traceback, then that the others are stopped; the other's broken connection is not heard at all."""
     code, said, _ = fail("1:4:raise")
     assert code == 1
-    assert said.count("Traceback") == 1 and "rank 1 failed in step 4" in said and "the data of this rank is cursed" in said
+    assert said.count("Traceback") == 1 and "rank 1 failed in step 4, preparing its batch" in said and "the data of this rank is cursed" in said
     assert said.index("rank 1 failed") < said.index("rank 1 ended with code 1; the other ranks are stopped.")
 
 
@@ -42,13 +42,5 @@ def test_a_hanging_rank_is_named_with_the_line_it_stands_at(fail):
     """Asleep in its data while the other waits in a collective."""
     code, said, _ = fail("1:5:sleep")
     assert code == 1
-    assert "rank 1 hangs in step 5" in said and "sitecustomize.py" in said and "time.sleep(1000)" in said
+    assert "rank 1 hangs in step 5, preparing its batch" in said and "sitecustomize.py" in said and "time.sleep(1000)" in said
     assert "rank 0 hangs" not in said and "Traceback" not in said and "train.distributed_timeout_minutes" in said
-
-
-def test_a_rank_that_stands_still_is_named_by_the_other(fail):
-    """Stopped from outside, it can say nothing itself; then killed, its death is said."""
-    code, said, _ = fail("0:3:stop")
-    assert code == 1 and "rank 0 gives no sign of life: its process" in said and "Last seen in step 3" in said
-    code, said, _ = fail("1:3:kill")
-    assert code == 1 and "rank 1 was killed by SIGKILL; the other ranks are stopped." in said and "Traceback" not in said
