@@ -1,0 +1,49 @@
+"""The loop of reinforcement learning against a real vLLM on the CPU: three updates, each on the server before it writes again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from glm45_tune.recipe import Recipe
+from glm45_tune.training import loop
+from glm45_tune.training.prepare import prepare
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".venv-vllm" / "installed").exists(), reason="no .venv-vllm (scripts/setup_vllm.sh needs Python 3.11)"
+)
+
+
+def test_three_updates_against_a_real_server(checkpoints, make_recipe, tmp_path, monkeypatch):
+    """fp32: mean |log-probability gap| of the server's answers to the trainer ≤ 1e-5 after every update, ratio exactly 1."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"第{n}个问题。" + "Tell me. " * (n % 3)} for n in range(6)]
+    prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--port", "{port}"]
+    command += ["--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-model-len", "160"]
+    command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
+    recipe = make_recipe(checkpoints["air"], prompts, tmp_path / "run", train={"steps": 3, "global_batch_size": 2})
+    recipe["data"] |= {"format": "rl"}
+    recipe |= {
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "rl": {
+            "rewards": [{"function": "length", "options": {"target": 30}}],
+            "engine": {"kind": "vllm", "command": command, "start_seconds": 900, "probe_tolerance": 1e-4},
+            "group_size": 4,
+            "max_new_tokens": 16,
+            "temperature": 0.9,
+        },
+    }
+    loop.run(prepare(Recipe.from_dict(recipe)))
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 3
+    for step in steps:
+        assert 0 < step["rl/logprob_gap_mean"] <= 1e-5 and step["rl/sync_gap"] <= 1e-5
+        assert step["rl/ratio_max"] == 1 and step["rl/aborted"] == 0 and step["train/grad_norm"] > 0
+    assert not [name for name in steps[-1] if name.startswith("rl/engine_faults")]
