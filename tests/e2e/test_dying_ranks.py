@@ -34,7 +34,11 @@ def test_a_failing_rank_is_heard_first(fail):
     """Its traceback, then that the others are stopped; the other's broken connection is not heard at all."""
     code, said, _ = fail("1:4:raise")
     assert code == 1
-    assert said.count("Traceback") == 1 and "rank 1 failed in step 4, preparing its batch" in said and "the data of this rank is cursed" in said
+    assert (
+        said.count("Traceback") == 1
+        and "rank 1 failed in step 4, preparing its batch" in said
+        and "the data of this rank is cursed" in said
+    )
     assert said.index("rank 1 failed") < said.index("rank 1 ended with code 1; the other ranks are stopped.")
 
 
@@ -42,5 +46,7 @@ def test_a_hanging_rank_is_named_with_the_line_it_stands_at(fail):
     """Asleep in its data while the other waits in a collective."""
     code, said, _ = fail("1:5:sleep")
     assert code == 1
-    assert "rank 1 hangs in step 5, preparing its batch" in said and "sitecustomize.py" in said and "time.sleep(1000)" in said
+    assert (
+        "rank 1 hangs in step 5, preparing its batch" in said and "sitecustomize.py" in said and "time.sleep(1000)" in said
+    )
     assert "rank 0 hangs" not in said and "Traceback" not in said and "train.distributed_timeout_minutes" in said
