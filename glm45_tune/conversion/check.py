@@ -46,7 +46,10 @@ def _why(source: HfReader) -> str:
     if not wrong:
         return "Is the download complete, and this a GLM-4.5 model of a known release?"
     said = "; ".join(f"{key} is {promised} there, {held} here" for key, (promised, held) in wrong.items())
-    way = " Convert with `--mtp off` to go on without it: num_nextn_predict_layers 0 is written."
+    way = (
+        " Convert with `--mtp off` to go on without it: num_nextn_predict_layers 0 is written. (A checkpoint of a run that left "
+        "MTP alone becomes a whole model by `glm45-tune export RUN`.)"
+    )
     return f"config.json and the weights disagree: {said}.{way if spec.mtp_num_layers and not mtp else ''}"
 
 
