@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from glm45_tune.conversion import adapter
-from glm45_tune.errors import STOPPED
+from glm45_tune.errors import STOPPED, StoppedError
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.training import failure, record, run_directory, summary
@@ -90,7 +90,11 @@ def _train(job: Job, watchdog: Watchdog) -> int:
             is_last = step == job.num_steps
             if is_last or _divides(job.recipe.train.eval_interval, step):
                 values |= method.evaluate()
-            nonfinite.see(step, values)
+            try:
+                nonfinite.see(step, values)
+            except StoppedError:  # raised by all ranks together: what is being written shall be whole
+                saver.wait()
+                raise
             if is_first:
                 metrics.write(step, values, trainer.expert_load)
                 line.show(step, values)
