@@ -60,14 +60,17 @@ def corpus(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def one_rank():
-    """megatron's parallel state for one rank in this process."""
+    """megatron's parallel state for one rank in this process, made anew where the test before has left its job."""
+    from megatron.core import parallel_state
+
     from glm45_tune.layout import Layout
     from glm45_tune.mcore import runtime
 
     layout = Layout()
-    runtime.start(layout)
+    if not parallel_state.model_parallel_is_initialized():
+        runtime.start(layout)
     return layout
 
 
@@ -108,7 +111,7 @@ def run_ranks(world_size: int, script: Path, arguments: list[str], timeout: floa
 
 
 @pytest.fixture(scope="session")
-def train_here(one_rank):
+def train_here():
     """Train a recipe (a dict) in this process, one rank: a whole run directory with its checkpoints, metrics and adapter."""
 
     def train(recipe: dict) -> Path:

@@ -35,7 +35,7 @@ def told_well(job: Job, watchdog: Watchdog):
         if rank is None:
             raise
         get_error_handler().record_exception(error)  # torchrun shows the earliest
-        if _is_echo(error):
+        if is_echo(error):
             time.sleep(_PATIENCE_SECONDS)
         print(
             f"rank {rank} failed in step {watchdog.step + 1}, {watchdog.phase}:\n{traceback.format_exc()}",
@@ -46,7 +46,7 @@ def told_well(job: Job, watchdog: Watchdog):
         os._exit(1)  # no farewell to ranks that wait in vain
 
 
-def _is_echo(error: Exception) -> bool:
+def is_echo(error: BaseException) -> bool:
     """Is this what a rank sees when another one is gone?"""
     words = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

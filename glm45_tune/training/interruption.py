@@ -5,6 +5,8 @@ import signal
 import torch
 import torch.distributed as dist
 
+from glm45_tune.training.failure import is_echo
+
 
 class Interruption:
     """Remembers signals while it is entered. Used by all ranks together, in the main thread."""
@@ -19,9 +21,11 @@ class Interruption:
         self._before = [signal.signal(number, self._remember) for number in self._SIGNALS]
         return self
 
-    def __exit__(self, *fault) -> None:
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
         for number, handler in zip(self._SIGNALS, self._before):
             signal.signal(number, handler)
+        if self._told and error and is_echo(error):  # the rank that failed has spoken, and this one was to end with it
+            signal.raise_signal(signal.SIGTERM)
 
     def _remember(self, number: int, frame) -> None:
         self._told = True

@@ -11,7 +11,7 @@ from glm45_tune.mcore.model import GLM45Model, ModelOptions
 from glm45_tune.rl.engine import Request
 
 
-@pytest.fixture(scope="module", params=["air", "355b"])
+@pytest.fixture(params=["air", "355b"])
 def model(request, checkpoints, one_rank):
     source = open_model(checkpoints[request.param])
     model = GLM45Model(source.spec, one_rank, ModelOptions(temperature=0.8 if request.param == "air" else 1.0))
