@@ -3,8 +3,8 @@
     python scripts/kill_test.py [--kills 30] [--ranks 2] [--seed N]
 
 A moment is drawn over the whole life of the command, imports and the writing of checkpoints included. By turns every process of the
-job dies at once (kill −9), or one rank, which must end the others. Compared are all tensors of the last checkpoint, weights and
-optimizer, bit for bit. Exit code 3 when one differs.
+job dies at once (kill −9), or one of them alone, a rank or what started it, which must end the others. Compared are all tensors of the
+last checkpoint, weights and optimizer, bit for bit. Exit code 3 when one differs.
 """
 
 import argparse
@@ -69,9 +69,10 @@ def digest(run: Path) -> str:
 
 
 def kill(job: subprocess.Popen, only_one: bool) -> None:
-    ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=False).stdout.split()
-    if only_one and ranks:
-        os.kill(int(random.choice(ranks)), signal.SIGKILL)
+    group = subprocess.run(["pgrep", "-g", str(job.pid)], capture_output=True, text=True, check=False).stdout.split()
+    others = [int(process) for process in group if int(process) != job.pid]
+    if only_one and others:
+        os.kill(random.choice(others), signal.SIGKILL)
     else:
         os.killpg(job.pid, signal.SIGKILL)
     job.wait(timeout=120)

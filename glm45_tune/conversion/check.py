@@ -5,10 +5,12 @@ import re
 import torch
 
 from glm45_tune.conversion.names import hf_shapes, rows
+from glm45_tune.conversion.plan import collector_off
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.errors import CheckpointError
 
 
+@collector_off()
 def check_tensors(source: HfReader) -> None:
     """Raise CheckpointError unless the tensors are this model's, all of them, in its shapes and dtypes."""
     expected, held, where = hf_shapes(source.spec), set(source.names), source.path

@@ -9,7 +9,7 @@ import torch
 from glm45_tune.conversion import fp8
 from glm45_tune.conversion.blocks import InputFile, read_block
 from glm45_tune.conversion.check import check_tensors
-from glm45_tune.conversion.plan import PlannedFile, grouped, literal
+from glm45_tune.conversion.plan import PlannedFile, collector_off, grouped, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, nbytes
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
@@ -84,6 +84,7 @@ class HfDir:
     FP8 weights are read as what they stand for, in bf16; `as_stored` shows them and their scales as they are.
     """
 
+    @collector_off()
     def __init__(self, path: str | Path):
         self.path = Path(path)
         config = read_config(self.path)
@@ -129,11 +130,12 @@ class HfDir:
         if name in self.scales:
             return torch.bfloat16
         stored = self.stored[name]
-        if stored.dtype in (None, torch.float8_e4m3fn):
+        dtype = stored.dtype
+        if dtype is None or dtype == torch.float8_e4m3fn:
             raise CheckpointError(
                 f"{stored.file.path}: {name} has dtype {stored.code}; allowed: F32, BF16, F16, and F8_E4M3 with a scale."
             )
-        return stored.dtype
+        return dtype
 
     def read(self, name: str, first: int = 0, last: int | None = None, columns: slice = ALL) -> torch.Tensor:
         """Rows [first, last) of a tensor, of a matrix these columns; only their bytes are read."""
@@ -173,6 +175,7 @@ class AsStored:
         return self.source.stamp()
 
 
+@collector_off()
 def plan_hf(source: HfReader, max_shard_bytes: int) -> list[PlannedFile]:
     """The files of `source` as model-0000i-of-0000n.safetensors with an index; tensors keep their order."""
     sizes = {name: nbytes(source, name) for name in source.names}

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, modules_with_extra_state, rows
-from glm45_tune.conversion.plan import MAX_FILE_BYTES, PlannedFile, literal
+from glm45_tune.conversion.plan import MAX_FILE_BYTES, PlannedFile, collector_off, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, row_parts
 from glm45_tune.conversion.torch_dist import COMMON, FORMAT, TorchDistFiles, around, pickled
 from glm45_tune.errors import CheckpointError
@@ -106,6 +107,7 @@ class McoreDir(TorchDistFiles):
         return self.read_key(row.name(self.dialect), (expert, *offsets), (1, *sizes))[0]
 
 
+@collector_off()
 def plan_mcore(source: HfReader, dialect: str) -> list[PlannedFile]:
     """The files of `source` as a torch_dist checkpoint: chunks in the order of the table, `.metadata`, and what goes with it."""
     plan = _Plan(source, dialect)
@@ -130,28 +132,29 @@ class _Plan:
     def add_row(self, row: Row) -> None:
         """A tensor, cut into chunks: one an expert, or as many rows as MAX_CHUNK_BYTES takes. Aliases share its bytes."""
         dtype = self._source.dtype(row.hf_names(0)[0])
-        row_shape = row.parts[0].shape[1:]
+        height, row_shape = row.height, row.parts[0].shape[1:]
         step = max(MAX_CHUNK_BYTES // (torch.Size(row_shape).numel() * dtype.itemsize), 1)
         keys = (row.name(self._dialect), *row.alias_names(self._dialect))
+        zeros, ones = (0,) * len(row_shape), (1,) * (row.num_experts is not None)
         chunks = []
         for expert in range(row.num_experts) if row.num_experts else (None,):
             stack = () if expert is None else (expert,)
-            for first in range(0, row.height, step):
-                last = min(first + step, row.height)
-                offsets = (*stack, first, *(0 for _ in row_shape))
-                sizes = (*(1 for _ in stack), last - first, *row_shape)
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                info = self._add_chunk(sizes, dtype, list(row_parts(row, first, last, expert)))
+            for first in range(0, height, step):
+                last = min(first + step, height)
+                offsets = torch.Size((*stack, first, *zeros))
+                sizes = torch.Size((*ones, last - first, *row_shape))
+                chunks.append(ChunkStorageMetadata(offsets, sizes))
+                info = self._add_chunk(sizes, dtype, row_parts(row, first, last, expert))
                 for key in keys:
-                    self.metadata.storage_data[MetadataIndex(key, torch.Size(offsets))] = info
+                    self.metadata.storage_data[MetadataIndex(key, offsets)] = info
         for key in keys:
             self.metadata.state_dict_metadata[key] = TensorStorageMetadata(
                 TensorProperties(dtype=dtype), torch.Size(row.shape), list(chunks)
             )
 
-    def _add_chunk(self, sizes: tuple[int, ...], dtype: torch.dtype, parts: list[tuple[str, int, int]]) -> _StorageInfo:
+    def _add_chunk(self, sizes: torch.Size, dtype: torch.dtype, parts: Iterable[tuple[str, int, int]]) -> _StorageInfo:
         before, after = around(sizes, dtype)
-        file = self._file(torch.Size(sizes).numel() * dtype.itemsize)
+        file = self._file(sizes.numel() * dtype.itemsize)
         start = file.size
         file.add_bytes(before)
         for name, first, last in parts:

@@ -3,6 +3,8 @@
 So files can be written by any process in any order, and again after one was killed, and are always the same.
 """
 
+import contextlib
+import gc
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +12,18 @@ from dataclasses import dataclass, field
 from glm45_tune.conversion.tensors import HfReader, cut
 
 MAX_FILE_BYTES = 2 * 10**9
+
+
+@contextlib.contextmanager
+def collector_off():
+    """Around work that makes hundreds of thousands of small objects and drops none: the collector would walk them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

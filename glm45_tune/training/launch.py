@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from glm45_tune.recipe import Recipe
-from glm45_tune.training.prepare import prepare
-from glm45_tune.training.ranks import start_ranks
+from glm45_tune.training.prepare import prepare, world_size
+from glm45_tune.training.ranks import Ranks
 
 
 def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
@@ -23,17 +23,22 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
             changed = recipe.data.model_copy(update={"train": str(rows)})
             return train(recipe.model_copy(update={"data": changed}))
-    job = prepare(recipe)
-    if "RANK" in os.environ or job.layout.world_size == 1:
+    if "RANK" in os.environ or not _is_for_several(recipe):
         from glm45_tune.mcore import runtime
         from glm45_tune.training import loop
 
-        code = loop.run(job)
+        code = loop.run(prepare(recipe))
         runtime.stop()
         return code
-    if job.stream:
-        job.stream.close()  # each rank has its own
-    with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
+    with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
+        job = prepare(recipe)
+        if job.stream:
+            job.stream.close()  # each rank has its own
         resolved = Path(holder) / "recipe.yaml"
         resolved.write_text(recipe.to_yaml(), encoding="utf-8")
-        return start_ranks(["train", str(resolved)], job.layout.world_size)
+        return ranks.run(job.layout.world_size, ["train", str(resolved)])
+
+
+def _is_for_several(recipe: Recipe) -> bool:
+    """Without torch where the recipe says it."""
+    return (recipe.parallel.world_size or recipe.parallel.layout().world_size) > 1 or world_size(recipe) > 1

@@ -1,62 +1,169 @@
-"""The ranks of a job that nobody else starts: one process each on this machine."""
+"""The ranks of a job that nobody else starts: one process each on this machine.
 
+They are begun by a process of their own, `python -m glm45_tune.training.ranks`. Where there is no card it imports all that a rank
+needs, once, while the command prepares the job, and each rank is a fork of it: imports are most of a small run's start. A card does not
+survive a fork, so there each rank is a Python of its own.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 from glm45_tune.errors import STOPPED
 
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
-def start_ranks(arguments: list[str], world_size: int) -> int:
-    """Run `python -m glm45_tune ARGUMENTS` once a rank; when one fails the others are ended. Returns its exit code, or 0.
 
-    SIGTERM and SIGUSR1 go on to the ranks, which save and end (see `interruption.py`).
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common.setdefault("OMP_NUM_THREADS", "1")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "glm45_tune", *arguments], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(world_size)
-    ]
+class Ranks:
+    """As a context: the ranks get ready while it is open, and are ended with it."""
 
-    def pass_on(number: int, frame) -> None:
-        for rank in ranks:
-            rank.send_signal(number)
+    def __init__(self) -> None:
+        self._running = False
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    def __enter__(self) -> "Ranks":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env.setdefault("OMP_NUM_THREADS", "1")
+        command = [sys.executable, "-m", "glm45_tune.training.ranks"]
+        self._starter = subprocess.Popen(command, env=env, stdin=subprocess.PIPE)
+        return self
+
+    def run(self, count: int, arguments: list[str]) -> int:
+        """Run `glm45-tune ARGUMENTS` in each of `count` ranks; when one fails the others are ended. Returns its exit code, or 0.
+
+        SIGTERM and SIGUSR1 go on to the ranks, which save and end (see `interruption.py`).
+        """
+        before = {n: signal.signal(n, lambda number, _: self._starter.send_signal(number)) for n in _PASSED_ON}
+        try:
+            self._running = True
+            with contextlib.suppress(BrokenPipeError):  # a starter that could not start has said why
+                self._starter.stdin.write(json.dumps([count, arguments]).encode() + b"\n")
+                self._starter.stdin.flush()
+            code = self._starter.wait()
+            if code < 0:
+                print(f"the process that starts the ranks was killed by {signal.Signals(-code).name}.", file=sys.stderr)
+            return code if code >= 0 else 1
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __exit__(self, *fault) -> None:
+        if not self._running:
+            self._starter.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._starter.stdin.close()  # heard by the starter, which ends the ranks
+        self._starter.wait()
+
+
+def _main() -> int:
+    """The starter: get ready, wait for the arguments, start the ranks and see them to their end."""
+    _end_with_parent()
+    told: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    import torch
+
+    begin = _begin_python
+    if not torch.cuda.device_count():
+        import glm45_tune.training.loop  # noqa: F401
+
+        begin = _fork
+        # pyarrow's allocator has a thread, and minds forks
+        warnings.filterwarnings("ignore", ".* is multi-threaded, use of fork", DeprecationWarning)
+        gc.freeze()  # a collection in a rank shall not walk, and so copy, what all of them share
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0
+    count, arguments = json.loads(line)
+    os.environ["WORLD_SIZE"] = str(count)
+    for number in _PASSED_ON:
+        signal.signal(number, lambda number, _: told.append(number))
+    ranks = {begin(rank, arguments): rank for rank in range(count)}
+    threading.Thread(target=lambda: (os.read(0, 1), told.append(signal.SIGTERM)), daemon=True).start()
     try:
-        return _wait(ranks)
+        return _wait(ranks, told)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.terminate()
-        for rank in ranks:
-            try:
-                rank.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                rank.kill()
+        _end(ranks)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        failed = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, STOPPED)]
-        if failed:
-            number, code = failed[0]
-            if code != 2:
+def _begin_python(rank: int, arguments: list[str]) -> int:
+    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return subprocess.Popen([sys.executable, "-m", "glm45_tune", *arguments], env=env, preexec_fn=_become_rank).pid
+
+
+def _fork(rank: int, arguments: list[str]) -> int:
+    if process := os.fork():
+        return process
+    _become_rank()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    sys.argv[1:] = arguments
+    runpy.run_module("glm45_tune", run_name="__main__", alter_sys=True)
+    sys.exit()  # and not os._exit: what is to be done at exit is done
+
+
+def _become_rank() -> None:
+    _end_with_parent()
+    for number in _PASSED_ON:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_with_parent() -> None:
+    """Where the system can: no rank is left on a machine whose command was killed."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait(ranks: dict[int, int], told: list[int]) -> int:
+    """ranks: process → rank; who has ended is taken out. told: signals that came, SIGINT to the ranks too."""
+    highest, is_quiet = 0, False
+    while ranks:
+        while told:
+            number = told.pop(0)
+            is_quiet |= number == signal.SIGINT
+            for process in ranks if number != signal.SIGINT else ():
+                os.kill(process, number)
+        for process, rank in list(ranks.items()):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if not ended:
+                continue
+            del ranks[process]
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, 2, STOPPED) and not is_quiet:
                 how = f"ended with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-                print(f"rank {number} {how}; the other ranks are stopped.", file=sys.stderr)
-            return code if code > 0 else 1
-        if None not in codes:
-            return max(codes)
-        time.sleep(0.1)
+                print(f"rank {rank} {how}; the other ranks are stopped.", file=sys.stderr)
+            if code not in (0, STOPPED):
+                return code if code > 0 else 1
+            highest = max(highest, code)
+        time.sleep(0.05)
+    return highest
+
+
+def _end(ranks: dict[int, int]) -> None:
+    """SIGTERM, and after ten seconds SIGKILL."""
+    for process in ranks:
+        os.kill(process, signal.SIGTERM)
+    last = time.monotonic() + 10
+    while ranks and time.monotonic() < last:
+        for process in list(ranks):
+            if os.waitpid(process, os.WNOHANG)[0]:
+                del ranks[process]
+        time.sleep(0.05)
+    for process in ranks:
+        os.kill(process, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

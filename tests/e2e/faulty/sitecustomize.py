@@ -32,6 +32,6 @@ def _arm() -> None:
     Supervised.train_step = faulty
 
 
-# torchrun's own process has RANK of no rank: the command line of a rank is this package's
-if "FAULT" in os.environ and "RANK" in os.environ and any("glm45_tune" in word for word in sys.orig_argv):
+# a rank, or the process that ranks are forks of; not the command and not torchrun
+if "FAULT" in os.environ and ("RANK" in os.environ or "glm45_tune.training.ranks" in sys.orig_argv):
     _arm()
