@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -111,7 +112,9 @@ class Trainer:
         self._wrapped = optimizer.wrap(self.module, recipe.optimizer)
         self.optimizer = optimizer.build(recipe, self._wrapped)
         self._norms = optimizer.Norms(self.module, self.optimizer)
-        self.config.finalize_model_grads_func = self._finalize
+        # not the method itself: megatron's optimizer closes a circle through it that is never collected, model and groups with it
+        finalize = weakref.WeakMethod(self._finalize)
+        self.config.finalize_model_grads_func = lambda *chunks, **how: finalize()(*chunks, **how)
         self._routers = [[m for m in chunk.modules() if isinstance(m, Router)] for chunk in self._wrapped]
         self.expert_load = torch.zeros(0, 0)
         """Of the last step, see StepResult."""

@@ -1,6 +1,6 @@
 """Supervised fine-tuning and continued pre-training: what happens in a step, and what is held out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Supervised:
         tokens = sum(len(sample.input_ids) for sample in members)
         return {
             **common_metrics(result, trainer, result.losses[0]),
-            **_channel_losses(result, members, channels),
+            **_channel_losses(result, members, channels, self._sources),
             "train/learning_rate": lr,
             "train/tokens": tokens,
             "train/trained_tokens": float(denominators[0]),
@@ -105,12 +105,19 @@ def batches(
         yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id, along)
 
 
-def _channel_losses(result: StepResult, members: list[Sample], channels: list[str]) -> dict[str, float]:
-    """`loss/NAME` of every channel: the mean over its trained tokens of this step."""
+def _channel_losses(
+    result: StepResult, members: list[Sample], channels: list[str], sources: Iterable[str]
+) -> dict[str, float]:
+    """`loss/NAME` of every channel: the mean over its trained tokens of this step. NAME is the file's, or its whole path
+
+    where two files of the run have one name.
+    """
     found = {}
+    names = [Path(source).name for source in sources]
     for number, channel in enumerate(channels):
         weight = total_weights([sample for sample in members if sample.source == channel], 1)[0]
-        found[f"loss/{Path(channel).name}"] = result.sums[f"channel/{number}"] / max(weight, 1e-30)
+        name = channel if names.count(Path(channel).name) > 1 else Path(channel).name
+        found[f"loss/{name}"] = result.sums[f"channel/{number}"] / max(weight, 1e-30)
     return found
 
 

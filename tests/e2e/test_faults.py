@@ -1,5 +1,6 @@
 """What dies, hangs, fills up or is changed: what is said, with which exit code a run ends, and that nothing is lost."""
 
+import gc
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 
 from glm45_tune.conversion.torch_dist import TorchDistFiles
 from glm45_tune.mcore.checkpoint import Snapshot
+from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import Recipe
 from glm45_tune.training import run_directory
 from glm45_tune.training.metrics import Metrics
@@ -43,6 +46,18 @@ def losses(directory: Path) -> list[float]:
 
 def steps(directory: Path) -> list[int]:
     return [int(path.parent.name[-6:]) for path in sorted(directory.glob("checkpoints/*/complete.json"))]
+
+
+def test_a_run_that_ended_leaves_nothing_behind_in_its_process(run, tmp_path, monkeypatch):
+    """Neither its model nor the threads of its groups, whose waiting would slow down all that comes after."""
+    made, build = [], Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda self, *rest: (made.append(weakref.ref(self)), build(self, *rest))[1])
+    threads = []
+    for seed in (1, 2):
+        assert run(f"train.seed={seed}", f"output_dir={tmp_path / str(seed)}")[0] == 0
+        gc.collect()
+        threads.append(len(os.listdir("/proc/self/task")))
+    assert [trainer() for trainer in made] == [None, None] and threads[0] == threads[1], threads
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_with_a_sentence(run, tmp_path):
@@ -260,8 +275,9 @@ def test_the_same_prompts_are_answered_before_and_after(run, tmp_path, cli):
 
 
 def test_losses_by_channel_make_up_the_loss(run, tmp_path):
-    """Two sources: each one's mean, weighted by its trained tokens of the step, is the step's loss."""
-    other = tmp_path / "other.jsonl"
+    """Two sources of one name: each one's mean, weighted by its trained tokens of the step, is the step's loss."""
+    other = tmp_path / "more" / "train.jsonl"
+    other.parent.mkdir()
     lines = [
         {"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "yes " * n}]}
         for n in range(1, 9)
@@ -272,7 +288,7 @@ def test_losses_by_channel_make_up_the_loss(run, tmp_path):
     both = 0
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        found = [row[name] for name in ("loss/train.jsonl", "loss/other.jsonl") if name in row]
+        found = [row[name] for name in (f"loss/{tmp_path}/train.jsonl", f"loss/{other}") if name in row]
         both += len(found) == 2
         assert min(found) - 1e-6 <= row["train/loss"] <= max(found) + 1e-6
     assert both

@@ -28,6 +28,10 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
     )
 
 
+def children(process: int) -> list[int]:
+    return [int(each) for each in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()]
+
+
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -45,7 +49,7 @@ def write_recipe(checkpoints, corpus, make_recipe, tmp_path):
 LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 
 
-def test_two_ranks_train_with_everything_on_and_the_run_can_be_read(write_recipe, tmp_path, checkpoints):
+def test_two_ranks_train_with_everything_on_and_the_run_can_be_read(write_recipe, tmp_path, checkpoints, cli):
     """Our own launch; expert parallel, MTP, aux loss, recompute, held-out rows, TensorBoard; then a merged export."""
     recipe = write_recipe(
         model="355b",
@@ -77,7 +81,7 @@ def test_two_ranks_train_with_everything_on_and_the_run_can_be_read(write_recipe
     assert (run / "adapter" / "adapter_config.json").is_file() and list((run / "tensorboard").iterdir())
     assert yaml.safe_load((run / "recipe.yaml").read_text())["lora"]["r"] == 4
 
-    assert command("export", run, "--output", tmp_path / "merged").returncode == 0
+    assert cli("export", run, "--output", tmp_path / "merged")[0] == 0
     base, merged = open_model(checkpoints["355b"]), open_model(tmp_path / "merged")
     changed = {difference["name"] for difference in compare(base, merged).differences}
     assert "model.layers.4.mlp.experts.7.down_proj.weight" in changed and "model.layers.5.self_attn.q_proj.weight" in changed
@@ -97,8 +101,8 @@ def test_a_run_killed_between_two_steps_ends_as_if_it_had_not_been(write_recipe,
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
         assert time.monotonic() < deadline and started.poll() is None
         time.sleep(0.02)
-    ranks = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    (starter,) = children(started.pid)
+    os.kill(children(starter)[-1], signal.SIGKILL)
     assert started.wait(timeout=60) == 1  # one rank gone ends them all
     started.stderr.close()
     again = command("train", recipe)
@@ -107,10 +111,10 @@ def test_a_run_killed_between_two_steps_ends_as_if_it_had_not_been(write_recipe,
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp_path):
+def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp_path, cli):
     """Steps 1–3 under expert parallel 2, 4–6 by torchrun under pipeline 2: the losses of one layout, 1e-5 relative."""
     whole = write_recipe("whole", **LORA, train={"steps": 6})
-    assert command("train", whole).returncode == 0
+    assert cli("train", whole)[0] == 0
     recipe = write_recipe(
         "moved", **LORA, train={"steps": 6, "save_interval": 3}, parallel={"expert_model_parallel_size": 2}
     )
@@ -126,7 +130,7 @@ def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp
         assert abs(a / b - 1) <= 1e-5
 
 
-def test_a_streamed_run_stopped_and_moved_goes_on_with_the_same_rows(write_recipe, corpus, tmp_path):
+def test_a_streamed_run_stopped_and_moved_goes_on_with_the_same_rows(write_recipe, corpus, tmp_path, cli):
     """data.streaming: six steps on two data-parallel ranks; 4–6 again on one, from the third's checkpoint: equal losses, 1e-5.
 
     Of 25 rows a window holds 10, so the run goes on within a window of the second epoch; the bad row is counted at the end.
@@ -141,19 +145,18 @@ def test_a_streamed_run_stopped_and_moved_goes_on_with_the_same_rows(write_recip
     whole = losses(run)
     for file in (run / "checkpoints" / "step_000006").iterdir():
         file.unlink()  # as if it had been stopped after step 3
-    ended = command("train", recipe)
-    assert ended.returncode == 0 and "resumed after step 3" in ended.stderr, ended.stderr[-3000:]
-    assert "streamed in windows of 10 rows" in ended.stderr and "bad rows skipped" in ended.stderr.splitlines()[-1]
+    code, _, err = cli("train", recipe)
+    assert code == 0 and "resumed after step 3" in err, err[-3000:]
+    assert "streamed in windows of 10 rows" in err and "bad rows skipped" in err.splitlines()[-1]
     for a, b in zip(losses(run), whole, strict=True):
         assert abs(a / b - 1) <= 1e-5
 
 
-def test_a_merged_export_answers_and_chat_streams_it(checkpoints, tmp_path):
+def test_a_merged_export_answers_and_chat_streams_it(checkpoints, tmp_path, cli):
     ended = command("chat", checkpoints["air"], "--prompt", "你好", "--no-think", "--max-new-tokens", "8")
     assert ended.returncode == 0 and ended.stdout.strip()
     data = ROOT / "data_examples" / "seats_new_phrasing.jsonl"
-    ended = command("eval", checkpoints["air"], "--data", data, "--max-new-tokens", "4", "--json")
-    (score,) = json.loads(ended.stdout)
+    (score,) = json.loads(cli("eval", checkpoints["air"], "--data", data, "--max-new-tokens", "4", "--json")[1])
     assert score["num_questions"] == 34 and score["exact"] == 0.0 and len(score["rows"]) == 34
 
 
