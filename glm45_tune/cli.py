@@ -182,7 +182,7 @@ def data(
 
     from glm45_tune.data import report
     from glm45_tune.data.chat import load_tokenizer
-    from glm45_tune.data.sources import RENDERERS, kind_of, load
+    from glm45_tune.data.sources import RENDERERS, kind_for, kind_of, load
     from glm45_tune.data.stream import Stream
     from glm45_tune.recipe import Recipe
 
@@ -197,7 +197,7 @@ def data(
     else:
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
-    kind = kind_of(recipe.data)
+    kind = kind_for(recipe) if recipe.preference else kind_of(recipe.data)
     if recipe.data.streaming:
         corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
     else:

@@ -13,17 +13,20 @@ FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 class PreferenceConfig(Section):
     loss: Literal["sigmoid", "ipo", "kto"] = "sigmoid"
-    """sigmoid: DPO (arXiv:2305.18290); ipo: arXiv:2310.12036; kto: arXiv:2402.01306, chosen answers being the desirable ones."""
+    """sigmoid: DPO (arXiv:2305.18290); ipo: arXiv:2310.12036; kto: arXiv:2402.01306, of pairs, whose chosen answers are the
+
+    desirable ones, or of single answers with `label: true` or `false`.
+    """
     beta: PositiveFloat = 0.1
     """How much the policy is held to the reference."""
     length_normalised: bool = False
     """Mean log-probability of an answer's tokens instead of their sum, so that long answers count as short ones do."""
     sft_weight: NotNegative = 0.0
-    """Weight of the chosen answers' cross entropy beside the loss (arXiv:2404.19733)."""
+    """Weight of the chosen (desirable) answers' cross entropy beside the loss (arXiv:2404.19733)."""
     desirable_weight: NotNegative = 1.0
-    """Of kto: weight of the chosen answers."""
+    """Of kto: weight of the desirable answers."""
     undesirable_weight: NotNegative = 1.0
-    """Of kto: weight of the rejected answers."""
+    """Of kto: weight of the undesirable answers. The paper has weight times number within 1 to 4/3 of the other sort's."""
     reference: Literal["adapter_off", "precomputed"] = "adapter_off"
     """adapter_off: the model without its LoRA adapter, run forward beside every step. precomputed: once, before the first step."""
 

@@ -24,7 +24,7 @@ ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assis
 class Sample:
     """input_ids int32 [n]; loss_mask float32 [n], the weight with which each token is predicted; where it came from.
 
-    row: of an RL prompt, the row as it was read.
+    row: of an RL prompt, the row as it was read; of a labelled answer its {"label": bool}.
     """
 
     input_ids: np.ndarray
@@ -104,8 +104,11 @@ class ChatRenderer:
             located = DataError(f"{source}:{line}: " + (str(error).replace(error.field, field, 1) if field else str(error)))
             located.field = field
             raise located from None
-        kept = row if self.kind == "rl" else None
-        return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
+        return Rendering([Sample(piece.ids, piece.mask, source, line, self._kept(row)) for piece in tokens], counts)
+
+    def _kept(self, row: dict) -> dict | None:
+        """What a sample keeps of its row besides tokens."""
+        return None
 
     def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
         """What becomes of a row in canonical form, each piece within data.seq_length, and what was cut, by reason."""

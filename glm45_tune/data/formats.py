@@ -12,6 +12,9 @@ Two answers to compare:
 preference       {"chosen", "rejected"}, text or messages each, behind any of the prompts below or with the prompt in both;
                  or any shape above with "rejected_response" (text) or "rejected_messages" (a conversation)
 
+One answer and what was thought of it, for KTO:
+any shape with one answer, and "label": true or false
+
 A prompt to answer:
 rl               {"prompt"}, text or messages; or, where the format is named, "messages", "conversations", "query" or
                  "instruction". Every other field of the row is kept for the reward
@@ -67,7 +70,8 @@ def format_of(row: dict) -> str | None:
 def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
     """The row as {"messages": [...], …} or {"text": …}; form None recognises it. Raises DataError, also for another kind of row.
 
-    kind "preference" gives {"messages", "rejected_messages"}, two whole conversations; "rl" messages that await an answer.
+    kind "preference" gives {"messages", "rejected_messages"}, two whole conversations; "rl" messages that await an answer;
+    "labelled" {"messages", "label"}, the label as it is in the row.
     """
     form = form or format_of(row)
     if form is None:
@@ -76,11 +80,12 @@ def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
             f"no known format: the row has {', '.join(map(repr, row)) or 'no fields'}; a row needs one of "
             f"{', '.join(map(repr, fields))}"
         )
-    if KINDS.get(form, "sft") != kind:
+    is_labelled = kind == "labelled"
+    if KINDS.get(form, "sft") != ("sft" if is_labelled else kind) or (is_labelled and form == "text"):
         raise DataError(_OTHER_KIND[kind, KINDS.get(form, "sft")])
     if form not in KINDS and not any(field in row for field in FORMATS[form]):
         raise DataError(f"is missing, which format {form} needs", FORMATS[form][0])
-    kept = {key: row[key] for key in _KEPT if row.get(key) is not None}
+    kept = {key: row[key] for key in (*_KEPT, *(["label"] if is_labelled else [])) if row.get(key) is not None}
     if form == "text":
         if not isinstance(row["text"], str):
             raise DataError(f"is {type(row['text']).__name__}; a string is expected", "text")
@@ -101,8 +106,12 @@ _OTHER_KIND = {
     (
         "preference",
         "sft",
-    ): "has one answer; preference tuning compares two: chosen and rejected, or rejected_response beside it",
+    ): "has one answer; preference tuning compares two: chosen and rejected, or rejected_response beside it "
+    "(loss kto also takes one with a label, where the first row and all others are such)",
     ("preference", "rl"): "has a prompt alone; preference tuning compares two answers: chosen and rejected",
+    ("labelled", "preference"): "is a pair, and the first row is one answer with a label; all rows are to be of one sort",
+    ("labelled", "rl"): "is a prompt without an answer; kto learns from answers with a label: the field completion",
+    ("labelled", "sft"): "is plain text, which answers nothing; kto learns from answers with a label",
     ("rl", "sft"): "holds its answer; RL takes prompts: the field prompt alone, or messages with data.format rl",
     ("rl", "preference"): "is a pair for preference tuning; RL takes prompts: the field prompt alone",
 }

@@ -38,3 +38,6 @@ class PromptRenderer(ChatRenderer):
         if self.options.overlong == "drop" or not fitting:
             return [], Counter(dropped=1)
         return [cut(whole, fitting[0], len(ids))], Counter(truncated=1)
+
+    def _kept(self, row: dict) -> dict:
+        return row

@@ -26,11 +26,12 @@ def summarise(corpus: Corpus, recipe: Recipe, tokenizer, kind: str) -> dict:
     fill = float(fitting.sum()) / max(len(packed) * options.seq_length, 1)
     steps = ceil(len(packed) / settings.global_batch_size)
     opens, closes, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<tool_call>"))
-    thinking = tools = trained = 0
+    thinking = tools = trained = desirable = 0
     for sample in corpus.samples:
         thinking += _thinks(sample, opens, closes)
         tools += bool((sample.input_ids == call).any())
         trained += int((sample.loss_mask > 0).sum())
+        desirable += kind == "labelled" and sample.row["label"]
     counts = np.histogram(lengths, _EDGES)[0].tolist() if len(lengths) else []
     return {
         "kind": kind,
@@ -52,6 +53,7 @@ def summarise(corpus: Corpus, recipe: Recipe, tokenizer, kind: str) -> dict:
         "steps_per_epoch": steps,
         "epochs": settings.epochs or (settings.steps / steps if steps else 0.0),
         "steps": settings.steps or settings.epochs * steps,
+        **({"desirable": desirable} if kind == "labelled" else {}),
         "duplicates": 0,
         **{reason.replace(" ", "_"): count for reason, count in sorted(corpus.counts.items())},
     }
@@ -68,6 +70,9 @@ def _first(corpus: Corpus, kind: str, count: int) -> list[tuple[Sample, dict]]:
     if kind == "preference":
         sides = ("chosen", "rejected")
         return [(sample, {"answer": sides[n % 2]}) for n, sample in enumerate(corpus.samples[: 2 * count])]
+    if kind == "labelled":
+        said = {True: "desirable", False: "undesirable"}
+        return [(sample, {"answer": said[sample.row["label"]]}) for sample in corpus.samples[:count]]
     return [(sample, {"row": sample.row} if kind == "rl" else {}) for sample in corpus.samples[:count]]
 
 
@@ -112,7 +117,7 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console)
         legend = "" if summary["kind"] == "rl" else f"([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])"
         console.print(f"\n[bold]{sample.source}:{sample.line}{side}[/bold]  {legend}")
         console.print(coloured(sample, tokenizer))
-        if sample.row:
+        if summary["kind"] == "rl":
             columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
             console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False, markup=False)
     for fault in corpus.faults:

@@ -18,12 +18,13 @@ import numpy as np
 from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
 from glm45_tune.data.formats import KINDS, format_of
+from glm45_tune.data.labels import LabelledRenderer
 from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
 from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
 from glm45_tune.errors import DataError
 from glm45_tune.progress import bar
-from glm45_tune.recipe import DataConfig, SourceConfig, Sources, sources_of
+from glm45_tune.recipe import DataConfig, Recipe, SourceConfig, Sources, sources_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,7 @@ def _weighted(count: int, weight: float, seed: int, together: int) -> np.ndarray
     return (chosen[:, None] * together + np.arange(together)).reshape(-1)
 
 
-RENDERERS = {renderer.kind: renderer for renderer in (ChatRenderer, PairRenderer, PromptRenderer)}
+RENDERERS = {renderer.kind: renderer for renderer in (ChatRenderer, PairRenderer, LabelledRenderer, PromptRenderer)}
 
 
 def kind_of(options: DataConfig) -> str:
@@ -274,6 +275,13 @@ def kind_of(options: DataConfig) -> str:
     return KINDS.get(form, "sft")
 
 
+def kind_for(recipe: Recipe) -> str:
+    """What a recipe trains on: its own kind, or "labelled" where the loss is kto and the data's first row is no pair."""
+    if recipe.preference and recipe.preference.loss == "kto" and kind_of(recipe.data) != "preference":
+        return "labelled"
+    return recipe.kind
+
+
 def _name_of(source: str) -> str:
     """A source without the number of rows to take of it."""
     name, _, count = source.rpartition("#")
@@ -283,7 +291,8 @@ def _name_of(source: str) -> str:
 def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") -> tuple[Corpus, Corpus]:
     """The training and the held-out corpus (empty where neither eval nor eval_ratio is given) of a recipe's data section.
 
-    kind "preference": pairs, read by `pairs.Pairs(corpus.samples)`; "rl": prompts, each sample with its `row`.
+    kind "preference": pairs, read by `pairs.Pairs(corpus.samples)`; "labelled": answers, each with {"label": bool} as its `row`;
+    "rl": prompts, each sample with its `row`.
     """
     renderer = RENDERERS[kind](tokenizer, options)
     train = load(options.train, renderer, seed)

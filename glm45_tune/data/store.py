@@ -32,7 +32,7 @@ _SCHEMA = pa.schema(
         ("source", pa.string()),
         ("line", pa.int64()),
         ("trained", pa.float64()),  # sum of the loss mask
-        ("row", pa.large_string()),  # of an RL prompt, as JSON; what JSON does not know (dates, say) as text
+        ("row", pa.large_string()),  # what is kept of it, as JSON; what JSON does not know (dates, say) as text
     ]
 )
 CHUNK = 1000  # rows a worker renders at a time
@@ -79,11 +79,13 @@ class StoredSamples(Sequence):
         return self._columns[4].to_numpy()
 
     def digest(self) -> str:
-        """Tells what would be trained apart: every sample's tokens and weights, in order."""
+        """Tells what would be trained apart: every sample's tokens and weights, and what was kept of its row, in order."""
         digest = hashlib.sha256(self.lengths().tobytes())
         for column in self._columns[:2]:
             for chunk in column.chunks:
                 digest.update(chunk.flatten().to_numpy())
+        if self._columns[5].null_count < len(self):
+            digest.update(json.dumps(self._columns[5].to_pylist()).encode())
         return digest.hexdigest()
 
     def origins(self) -> "Origins":

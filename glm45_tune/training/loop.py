@@ -15,6 +15,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.training import failure, record, run_directory, summary
 from glm45_tune.training.card import this_card
 from glm45_tune.training.interruption import Interruption
+from glm45_tune.training.labelled import Labelled
 from glm45_tune.training.metrics import LiveLine, Metrics
 from glm45_tune.training.nonfinite import NonFinite
 from glm45_tune.training.policy import PolicyGradient
@@ -46,7 +47,7 @@ class Method(Protocol):
         """Called once, after the last step."""
 
 
-METHODS = {"sft": Supervised, "preference": Preference, "rl": PolicyGradient}
+METHODS = {"sft": Supervised, "preference": Preference, "labelled": Labelled, "rl": PolicyGradient}
 
 
 def run(job: Job) -> int:
@@ -67,7 +68,7 @@ def run(job: Job) -> int:
 def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
     trainer = Trainer(job.recipe, job.layout, job.source, watchdog.enter)
-    method: Method = METHODS[job.recipe.kind](job, trainer)
+    method: Method = METHODS[job.kind](job, trainer)
     saver = Saver(job, trainer)
     watchdog.enter("loading the last checkpoint")
     step, num_skipped = _resume(saver, method)

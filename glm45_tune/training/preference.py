@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from glm45_tune.data.batch import Batch
 from glm45_tune.data.chat import Sample
-from glm45_tune.data.packing import BatchPlan, Rows
+from glm45_tune.data.packing import BatchPlan, Rows, pack
 from glm45_tune.data.pairs import Pairs
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
@@ -25,7 +25,10 @@ REFERENCE_FILE = "reference_logprobs.npz"
 
 
 class Preference:
-    """DPO, IPO and KTO. A `Method`, see loop.py. A row's samples are pairs end to end, each the chosen answer first."""
+    """DPO, IPO and KTO of pairs. A `Method`, see loop.py. A row's samples are pairs end to end, each the chosen answer first."""
+
+    together = 2
+    """Samples that are compared with one another."""
 
     def __init__(self, job: Job, trainer: Trainer):
         self._job, self._trainer, self._options = job, trainer, job.recipe.preference
@@ -40,8 +43,8 @@ class Preference:
         members = [sample for row in rows for sample in row]
         lr = learning_rate_of(job.recipe, step, job.num_steps)
         chosen = self._with_reference(job.plan.share(rows, trainer.data_parallel_rank))
-        objective = partial(self._objective, len(members) // 2, self._divergence(members))
-        result = trainer.update(chosen, len(chosen), objective, lr)
+        divergence = self._divergence(members)
+        result = trainer.update(chosen, len(chosen), partial(self._objective, members, divergence), lr)
         tokens = sum(len(sample.input_ids) for sample in members)
         return {
             **common_metrics(result, trainer, result.sums["loss"]),
@@ -49,7 +52,7 @@ class Preference:
             "train/tokens": tokens,
             "train/trained_tokens": float(sum(sample.loss_mask.sum() for sample in members)),
             "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
-            **self._metrics(result.sums, len(members) // 2),
+            **self._metrics(result.sums, members, divergence),
         }
 
     def evaluate(self) -> dict[str, float]:
@@ -59,9 +62,9 @@ class Preference:
         rows, plan = _all_rows(job, job.held_out.samples, job.eval_rows)
         members = [sample for row in rows for sample in row]
         chosen = self._with_reference(plan.share(rows, self._trainer.data_parallel_rank))
-        objective = partial(self._objective, len(members) // 2, self._divergence(members))
-        sums = self._trainer.measure(chosen, len(chosen), objective).sums
-        metrics = self._metrics(sums, len(members) // 2)
+        divergence = self._divergence(members)
+        sums = self._trainer.measure(chosen, len(chosen), partial(self._objective, members, divergence)).sums
+        metrics = self._metrics(sums, members, divergence)
         return {"eval/loss": sums["loss"]} | {f"eval/{name.partition('/')[2]}": value for name, value in metrics.items()}
 
     @property
@@ -74,16 +77,20 @@ class Preference:
     def close(self) -> None:
         pass
 
-    def _objective(self, num_pairs: int, divergence: float, batch: Batch, losses: torch.Tensor):
-        """The loss is a mean over the pairs of the whole step; micro batches hold whole pairs."""
-        options, count, across = self._options, batch.num_samples, self._trainer.over_row
-        weights = batch.weights[0]
-        lengths = sum_by_sequence(weights, batch.sequence, count, across)
+    def _answers(self, batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of a micro batch's answers under policy (with gradient) and reference, and their cross entropies, all [answers]."""
+        weights, count, across = batch.weights[0], batch.num_samples, self._trainer.over_row
+        lengths = sum_by_sequence(weights, batch.sequence, count, across).clamp(min=1e-30)
         policy = sum_by_sequence(-losses[0] * weights, batch.sequence, count, across)
         reference = sum_by_sequence(batch.along["reference"] * weights, batch.sequence, count, across)
-        cross_entropy = -(policy / lengths.clamp(min=1e-30))[0::2]
-        if options.length_normalised:
-            policy, reference = policy / lengths.clamp(min=1e-30), reference / lengths.clamp(min=1e-30)
+        means = policy / lengths
+        return (means, reference / lengths, -means) if self._options.length_normalised else (policy, reference, -means)
+
+    def _objective(self, members: list[Sample], divergence: float, batch: Batch, losses: torch.Tensor):
+        """The loss is a mean over the pairs of the whole step; micro batches hold whole pairs."""
+        options, count, num_pairs = self._options, batch.num_samples, len(members) // 2
+        policy, reference, cross_entropy = self._answers(batch, losses)
+        cross_entropy = cross_entropy[0::2]
         if options.loss == "kto":
             is_chosen = torch.arange(count, device=policy.device) % 2 == 0
             at = policy.new_tensor(divergence)
@@ -105,11 +112,13 @@ class Preference:
         }
         return loss, {name: value * self._trainer.reports_row for name, value in numbers.items()}
 
-    def _metrics(self, sums: dict[str, float], num_pairs: int) -> dict[str, float]:
-        means = {name: total / num_pairs for name, total in sums.items() if name != "loss"}
+    def _metrics(self, sums: dict[str, float], members: list[Sample], divergence: float) -> dict[str, float]:
+        means = {name: total / (len(members) // 2) for name, total in sums.items() if name != "loss"}
         if not self._options.sft_weight:
             del means["cross_entropy"]
         means["margin"] = means["chosen_reward"] - means["rejected_reward"]
+        if self._options.loss == "kto":
+            means["reference_point"] = divergence
         return {f"preference/{name}": value for name, value in means.items()}
 
     def _with_reference(self, microbatches: list[list[list[Sample]]]) -> list[Batch]:
@@ -123,23 +132,31 @@ class Preference:
         return [replace(batch, along={"reference": values}) for batch, values in zip(plain, found)]
 
     def _divergence(self, members: list[Sample]) -> float:
-        """KTO's reference point: how much likelier than the reference the policy finds answers to other prompts, at least 0."""
-        if self._options.loss != "kto" or len(members) < 4:
+        """KTO's reference point z0 (arXiv:2402.01306, 4.1): the mean, over the step's answers each put behind the prompt before it,
+
+        of log policy / reference, at least 0 and without gradient. It estimates KL(policy ‖ reference) with answers to other
+        prompts; a step of one pair (one answer) has none to put there, and 0.
+        """
+        if self._options.loss != "kto" or len(members) < 2 * self.together:
             return 0.0
-        job = self._job
-        mixed = _mixed(members, job.recipe.data.seq_length)
+        job, options = self._job, self._job.recipe.data
+        mixed = self._mixed(members)
+        rows = pack([len(s.input_ids) for s in mixed], options.seq_length) if options.packing else Rows.single(len(mixed))
         size = job.layout.data_parallel_size * job.layout.microbatch_multiple
-        plan = BatchPlan(len(mixed), -(-len(mixed) // size) * size, 1, job.layout.data_parallel_size, 0)
-        chosen = self._with_reference(plan.share([[sample] for sample in mixed], self._trainer.data_parallel_rank))
+        plan = BatchPlan(len(rows), -(-len(rows) // size) * size, 1, job.layout.data_parallel_size, 0)
+        whole = [[mixed[number] for number in row] for row in rows]
+        chosen = self._with_reference(plan.share(whole, self._trainer.data_parallel_rank))
         sums = self._trainer.measure(chosen, len(chosen), self._log_ratio).sums
         return max(sums["log_ratio"] / len(mixed), 0.0)
 
+    def _mixed(self, members: list[Sample]) -> list[Sample]:
+        """Each pair's prompt with the next pair's chosen answer."""
+        pairs = list(Pairs(members))
+        return swapped([(pair.chosen, pair.prompt) for pair in pairs], self._job.recipe.data.seq_length)
+
     def _log_ratio(self, batch: Batch, losses: torch.Tensor):
-        across, weights = self._trainer.over_row, batch.weights[0]
-        gap = (-losses[0] - batch.along["reference"]) * weights
-        gaps = sum_by_sequence(gap, batch.sequence, batch.num_samples, across)
-        if self._options.length_normalised:
-            gaps = gaps / sum_by_sequence(weights, batch.sequence, batch.num_samples, across).clamp(min=1e-30)
+        policy, reference, _ = self._answers(batch, losses)
+        gaps = policy - reference
         return gaps.sum(), {"log_ratio": gaps.sum() * self._trainer.reports_row}
 
     def _precomputed(self) -> dict[tuple[str, int], np.ndarray]:
@@ -197,14 +214,14 @@ def _all_rows(job: Job, samples: Sequence[Sample], rows: Rows) -> tuple[list[lis
     return [[samples[index] for index in rows[row]] for row in plan.rows_of_step(0)], plan
 
 
-def _mixed(members: list[Sample], longest: int) -> list[Sample]:
-    """Each pair's prompt with the next pair's chosen answer."""
-    pairs = Pairs(members)
+def swapped(answers: list[tuple[Sample, int]], longest: int) -> list[Sample]:
+    """Each prompt with the next one's answer (the last with the first's), cut at `longest` tokens.
+
+    answers: a conversation and how many tokens of it are prompt, each.
+    """
     found = []
-    for number in range(len(pairs)):
-        pair, other = pairs[number], pairs[(number + 1) % len(pairs)]
-        answer = other.chosen.input_ids[other.prompt :]
-        ids = np.concatenate([pair.chosen.input_ids[: pair.prompt], answer])[:longest]
-        mask = np.concatenate([np.zeros(pair.prompt, np.float32), other.chosen.loss_mask[other.prompt :]])[:longest]
-        found.append(Sample(ids, mask, pair.chosen.source, pair.chosen.line))
+    for (sample, prompt), (other, start) in zip(answers, [*answers[1:], answers[0]]):
+        ids = np.concatenate([sample.input_ids[:prompt], other.input_ids[start:]])[:longest]
+        mask = np.concatenate([np.zeros(prompt, np.float32), other.loss_mask[start:]])[:longest]
+        found.append(Sample(ids, mask, sample.source, sample.line))
     return found

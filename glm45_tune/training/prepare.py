@@ -10,7 +10,7 @@ from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import Sample, load_tokenizer
 from glm45_tune.data.packing import BatchPlan, Rows, pack
-from glm45_tune.data.sources import RENDERERS, Corpus, load_data
+from glm45_tune.data.sources import RENDERERS, Corpus, kind_for, load_data
 from glm45_tune.data.stream import Stream, load_stream
 from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
@@ -25,6 +25,8 @@ class Job:
     """A checked run: the same on every rank."""
 
     recipe: Recipe
+    kind: str
+    """Of its data: sft, preference (pairs), labelled (answers with a label), rl (prompts)."""
     layout: Layout
     source: HfReader
     pad_id: int
@@ -90,26 +92,27 @@ def prepare(recipe: Recipe) -> Job:
         run_directory.check_ours(recipe)
         run_directory.check_disk(recipe, source)
     tokenizer = load_tokenizer(recipe.model.path)
-    stream = None
+    stream, kind = None, kind_for(recipe)
     if recipe.data.streaming:
         stream, held_out = load_stream(recipe.data, tokenizer, train.seed)
         corpus = stream.seen
     else:
-        corpus, held_out = load_data(recipe.data, tokenizer, train.seed, recipe.kind)
+        corpus, held_out = load_data(recipe.data, tokenizer, train.seed, kind)
     facts = run_directory.facts_of(recipe, source, corpus) if is_first else {}
     if is_first:
         run_directory.check_same(recipe, facts)
-    rows = _rows(corpus, recipe)
+    rows = _rows(corpus, recipe, kind)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
         recipe,
+        kind,
         layout,
         source,
         tokenizer.pad_token_id or 0,
         corpus,
         held_out,
         rows,
-        _rows(held_out, recipe),
+        _rows(held_out, recipe, kind),
         plan,
         train.steps or train.epochs * plan.steps_per_epoch,
         stream,
@@ -138,8 +141,8 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
         )
 
 
-def _rows(corpus: Corpus, recipe: Recipe) -> Rows:
-    size = RENDERERS[recipe.kind].per_row  # a pair's two lie in one row
+def _rows(corpus: Corpus, recipe: Recipe, kind: str) -> Rows:
+    size = RENDERERS[kind].per_row  # a pair's two lie in one row
     lengths = corpus.lengths.reshape(-1, size).sum(axis=1)
     is_packed = recipe.data.packing and not recipe.rl  # prompts are chosen one by one; it is their answers that are packed
     rows = pack(lengths, recipe.data.seq_length) if is_packed else Rows.single(len(lengths))

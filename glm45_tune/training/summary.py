@@ -1,5 +1,6 @@
 """What a run says of itself before its first step and after its last."""
 
+from glm45_tune.data.labels import only_label
 from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
@@ -22,6 +23,7 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"layout    {layout}: {layout.world_size} ranks on {runtime.device().type}",
         f"data      {_data_line(job)}",
         *left_out(job),
+        *_one_label(job),
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"
         + ("" if job.stream else f", {job.plan.steps_per_epoch} an epoch"),
         f"update    lr {recipe.optimizer.lr:g}, {recipe.optimizer.warmup_ratio:.0%} warm-up, clipped at {recipe.optimizer.clip_grad:g}",
@@ -60,6 +62,17 @@ def left_out(job: Job) -> list[str]:
     counts = {"bad rows skipped": len(seen.faults), **seen.counts}
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return [f"of {seen.num_rows} rows: {said} (glm45-tune data lists them)"] if said else []
+
+
+def _one_label(job: Job) -> list[str]:
+    """A warning where KTO would learn from praise alone, or from blame alone."""
+    label = only_label(job.train.samples) if job.kind == "labelled" else None
+    if label is None:
+        return []
+    return [
+        f"warning   all {len(job.train.samples)} answers have the label {str(label).lower()}: kto weighs desirable against "
+        "undesirable ones, and of one sort alone it learns little. Is the field label what was meant?"
+    ]
 
 
 def _data_line(job: Job) -> str:
