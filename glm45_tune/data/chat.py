@@ -24,7 +24,7 @@ ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assis
 class Sample:
     """input_ids int32 [n]; loss_mask float32 [n], the weight with which each token is predicted; where it came from.
 
-    row: of an RL prompt, the row as it was read; of a labelled answer its {"label": bool}.
+    row: of an RL prompt, the row as it was read; of a labelled answer its {"label": bool}; else its {"channel": name} if it has one.
     """
 
     input_ids: np.ndarray
@@ -32,6 +32,11 @@ class Sample:
     source: str
     line: int
     row: dict | None = None
+
+    @property
+    def channel(self) -> str:
+        """Whose loss it counts to: its row's `channel`, else its file."""
+        return (self.row or {}).get("channel") or self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +104,20 @@ class ChatRenderer:
         """Raises DataError naming `source` and `line` when the row cannot be rendered or would train nothing."""
         try:
             tokens, counts = self._tokens(canonical(row, self.options.format, self.kind))
+            kept = self._kept(row)
         except DataError as error:
             field = error.field and field_of(row, error.field)
             located = DataError(f"{source}:{line}: " + (str(error).replace(error.field, field, 1) if field else str(error)))
             located.field = field
             raise located from None
-        return Rendering([Sample(piece.ids, piece.mask, source, line, self._kept(row)) for piece in tokens], counts)
+        return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
 
     def _kept(self, row: dict) -> dict | None:
         """What a sample keeps of its row besides tokens."""
-        return None
+        channel = row.get("channel")
+        if channel is not None and not isinstance(channel, str):
+            raise DataError(f"is {channel!r}; a name is expected, under which the row's loss is said", "channel")
+        return {"channel": channel} if channel else None
 
     def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
         """What becomes of a row in canonical form, each piece within data.seq_length, and what was cut, by reason."""

@@ -1,6 +1,6 @@
 """Supervised fine-tuning and continued pre-training: what happens in a step, and what is held out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -23,13 +23,14 @@ class Supervised:
 
     def __init__(self, job: Job, trainer: Trainer):
         self._job, self._trainer = job, trainer
+        self._seen: set[str] = set()
 
     @cached_property
     def _work(self) -> Work:
         return work(self._job.source.spec, self._job.recipe)
 
     @cached_property
-    def _sources(self) -> set[str]:
+    def _files(self) -> set[str]:
         """All that are known to be trained; a stream's are added as they come."""
         samples = self._job.train.samples
         return set(samples.origins().names if len(samples) else ())
@@ -48,7 +49,7 @@ class Supervised:
         tokens = sum(len(sample.input_ids) for sample in members)
         return {
             **common_metrics(result, trainer, result.losses[0]),
-            **_channel_losses(result, members, channels, self._sources),
+            **_channel_losses(result, members, channels, self._files),
             "train/learning_rate": lr,
             "train/tokens": tokens,
             "train/trained_tokens": float(denominators[0]),
@@ -57,10 +58,11 @@ class Supervised:
         }
 
     def _channels_of(self, members: list[Sample]) -> list[str]:
-        """The sources of a step's samples, whose losses are told apart; none where the run has seen but one."""
-        found = sorted({sample.source for sample in members})
-        self._sources.update(found)
-        return found if len(self._sources) > 1 else []
+        """Those of a step's samples, whose losses are told apart; none where the run has seen but one."""
+        found = sorted({sample.channel for sample in members})
+        self._files.update(sample.source for sample in members)
+        self._seen.update(found)
+        return found if len(self._files | self._seen) > 1 else []
 
     def evaluate(self) -> dict[str, float]:
         job, trainer = self._job, self._trainer
@@ -101,22 +103,23 @@ def batches(
         members = [sample for row in rows for sample in row]
         along = {}
         if channels:
-            along["channel"] = [np.full(len(each.input_ids), channels.index(each.source)) for each in members]
+            along["channel"] = [np.full(len(each.input_ids), channels.index(each.channel)) for each in members]
         yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id, along)
 
 
 def _channel_losses(
-    result: StepResult, members: list[Sample], channels: list[str], sources: Iterable[str]
+    result: StepResult, members: list[Sample], channels: list[str], files: set[str]
 ) -> dict[str, float]:
-    """`loss/NAME` of every channel: the mean over its trained tokens of this step. NAME is the file's, or its whole path
+    """`loss/NAME` of every channel: the mean over its trained tokens of this step. NAME is the rows' own or the file's,
 
-    where two files of the run have one name.
+    which is its whole path where two files have one name.
     """
     found = {}
-    names = [Path(source).name for source in sources]
+    names = [Path(file).name for file in files]
     for number, channel in enumerate(channels):
-        weight = total_weights([sample for sample in members if sample.source == channel], 1)[0]
-        name = channel if names.count(Path(channel).name) > 1 else Path(channel).name
+        weight = total_weights([sample for sample in members if sample.channel == channel], 1)[0]
+        short = Path(channel).name
+        name = short if channel in files and names.count(short) == 1 else channel
         found[f"loss/{name}"] = result.sums[f"channel/{number}"] / max(weight, 1e-30)
     return found
 

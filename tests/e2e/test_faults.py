@@ -275,20 +275,24 @@ def test_the_same_prompts_are_answered_before_and_after(run, tmp_path, cli):
 
 
 def test_losses_by_channel_make_up_the_loss(run, tmp_path):
-    """Two sources of one name: each one's mean, weighted by its trained tokens of the step, is the step's loss."""
+    """Two files of one name, and rows that name their channel: the means, weighted by trained tokens, are the step's loss."""
     other = tmp_path / "more" / "train.jsonl"
     other.parent.mkdir()
     lines = [
         {"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "yes " * n}]}
+        | ({"channel": "yes/long"} if n > 4 else {})
         for n in range(1, 9)
     ]
     other.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, said = run(f"data.train=[{tmp_path}/train.jsonl,{other}]", "train.steps=3", "train.save_interval=null")
     assert code == 0, said
-    both = 0
+    names, seen = {f"loss/{tmp_path}/train.jsonl", f"loss/{other}", "loss/yes/long"}, set()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        found = [row[name] for name in (f"loss/{tmp_path}/train.jsonl", f"loss/{other}") if name in row]
-        both += len(found) == 2
-        assert min(found) - 1e-6 <= row["train/loss"] <= max(found) + 1e-6
-    assert both
+        found = {name: row[name] for name in row if name.startswith("loss/")}
+        seen |= found.keys()
+        assert min(found.values()) - 1e-6 <= row["train/loss"] <= max(found.values()) + 1e-6
+    assert seen == names
+    other.write_text(json.dumps(lines[0] | {"channel": 3}) + "\n")
+    code, said = run(f"data.train={other}")
+    assert code == 2 and f"{other}:1: channel is 3" in said
