@@ -107,9 +107,7 @@ def batches(
         yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id, along)
 
 
-def _channel_losses(
-    result: StepResult, members: list[Sample], channels: list[str], files: set[str]
-) -> dict[str, float]:
+def _channel_losses(result: StepResult, members: list[Sample], channels: list[str], files: set[str]) -> dict[str, float]:
     """`loss/NAME` of every channel: the mean over its trained tokens of this step. NAME is the rows' own or the file's,
 
     which is its whole path where two files have one name.

@@ -29,7 +29,9 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def children(process: int) -> list[int]:
-    return [int(each) for each in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()]
+    return [
+        int(each) for each in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()
+    ]
 
 
 def losses(run: Path) -> list[float]:
