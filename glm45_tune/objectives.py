@@ -134,6 +134,17 @@ class RLConfig(Section):
     importance_cap: PositiveFloat = 2.0
     updates_per_rollout: Positive = 1
     """Optimizer steps of a rollout, each on its share of the answers."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """Rollouts by which the weights that wrote a token may be behind those that train on it. 0: a step writes, then trains. 1: while a
+
+    step trains, the servers write the next step's answers, with the weights that the step began with. More is for answers that
+    were broken off (extra_prompts). What is older is never trained: it is counted, and written anew.
+    """
+    extra_prompts: Annotated[int, Field(ge=0)] = 0
+    """Prompts under way beside a step's own: the step takes the first whose answers are all there. The other answers are broken off
+
+    when new weights come, keep what is written, and go on with those (partial rollouts). Needs a staleness of 2.
+    """
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all equal by other prompts' (DAPO), at most max_refills times a step."""
     max_refills: Positive = 3
@@ -164,7 +175,27 @@ class RLConfig(Section):
             raise ValueError(f"overlong_buffer {self.overlong_buffer} is not below max_new_tokens {self.max_new_tokens}")
         if self.max_turns > 1 and self.tools is None:
             raise ValueError("max_turns above 1 needs tools, the function that answers the turns")
+        if self.staleness:
+            self._check_ahead()
+        if self.extra_prompts and self.staleness < 2:
+            raise ValueError(
+                f"extra_prompts {self.extra_prompts} needs a staleness of at least 2, and it is {self.staleness}: what is broken "
+                "off once is two rollouts old when it is trained"
+            )
         return self
+
+    def _check_ahead(self) -> None:
+        if self.engine.kind == "local":
+            raise ValueError(
+                f"staleness {self.staleness}: engine local writes in the training ranks, which cannot train meanwhile; serve the "
+                "model (engine.kind vllm or sglang), or set staleness to 0"
+            )
+        if self.tools:
+            raise ValueError("staleness is for answers of one turn; leave tools out, or set staleness to 0")
+        if self.importance_sampling == "none":
+            raise ValueError(
+                "staleness needs importance_sampling token or sequence: older weights write the answers, and that is what weighs them"
+            )
 
 
 def check_objective(recipe) -> None:

@@ -40,6 +40,14 @@ class Vllm:
         }
         return "/inference/v1/generate", {"token_ids": request.token_ids, "sampling_params": sampling} | _model(adapter)
 
+    def named(self, body: dict, name: str) -> dict:
+        """A wish of `generate` under a name by which it can be broken off."""
+        return body | {"request_id": name}
+
+    def break_off(self, names: list[str]) -> list[tuple[str, dict]]:
+        """What makes the answers under these names come back as they are."""
+        return [("/inference/v1/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]})]
+
     def completion(self, answer: dict, version: int) -> Completion:
         (choice,) = answer["choices"]
         logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
@@ -73,6 +81,12 @@ class Sglang:
         }
         body = {"input_ids": request.token_ids, "sampling_params": sampling, "return_logprob": True}
         return "/generate", body | ({"lora_path": adapter} if adapter else {})
+
+    def named(self, body: dict, name: str) -> dict:
+        return body | {"rid": name}
+
+    def break_off(self, names: list[str]) -> list[tuple[str, dict]]:
+        return [("/abort_request", {"rid": name}) for name in names]
 
     def completion(self, answer: dict, version: int) -> Completion:
         facts = answer["meta_info"]

@@ -18,12 +18,12 @@ class Request:
 class Completion:
     """token_ids: what was written, the token that stopped it included; logprobs: the engine's, of each; finish: a stop token, the
 
-    limit, or aborted by the engine; version: of the weights that wrote it; experts int16 [tokens of request and answer but the
-    last, MoE layers, K], −1 where unknown, or None.
+    limit, aborted by the engine, or broken off by us, to be gone on with; version: of the weights that wrote it; experts int16
+    [tokens of request and answer but the last, MoE layers, K], −1 where unknown, or None.
     """
 
     token_ids: list[int]
     logprobs: list[float]
-    finish: Literal["stop", "length", "aborted"]
+    finish: Literal["stop", "length", "aborted", "broken off"]
     version: int
     experts: np.ndarray | None = None

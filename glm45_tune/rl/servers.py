@@ -13,7 +13,10 @@ import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -47,6 +50,8 @@ class Servers:
         self.urls = list(config.urls)
         self._busy: Counter = Counter()
         self.faults: Counter = Counter()
+        self._under_way: dict[str, str] = {}  # name → URL, of what can be broken off
+        self._is_over = False
 
     # -- starting and stopping -------------------------------------------------------------------------------------------------
 
@@ -152,37 +157,73 @@ class Servers:
 
     # -- answers ---------------------------------------------------------------------------------------------------------------
 
-    def generate(self, requests: list[Request], seed: int, version: int) -> list[Completion]:
-        """An answer to each request. Raises UserError where no server can be reached any more."""
-        return asyncio.run(self._generate(requests, seed, version))
+    def generate(
+        self, requests: list[Request], seed: int, version: int, enough: Callable[[Collection[int]], bool] | None = None
+    ) -> list[Completion]:
+        """An answer to each request. Raises UserError where no server can be reached any more.
 
-    async def _generate(self, requests: list[Request], seed: int, version: int) -> list[Completion]:
+        enough: asked a few times a second with the numbers of the requests that are answered; once it says yes, the others come
+        back as they are, broken off.
+        """
+        return asyncio.run(self._generate(requests, seed, version, enough))
+
+    async def _generate(self, requests, seed, version, enough) -> list[Completion]:
         room = asyncio.Semaphore(self._config.concurrency * len(self.urls))
         self._restarting = asyncio.Lock()
+        self._is_over = False
+        found: dict[int, Completion] = {}
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=self._config.timeout_seconds, limits=limits) as client:
 
-            async def one(number: int, request: Request) -> Completion:
+            async def one(number: int, request: Request) -> None:
                 async with room:
-                    return await self._ask(client, request, (seed * 1_000_003 + number) % 2**31, version)
+                    name = uuid.uuid4().hex if enough else None
+                    found[number] = await self._ask(client, request, (seed * 1_000_003 + number) % 2**31, version, name)
 
-            return list(await asyncio.gather(*(one(number, request) for number, request in enumerate(requests))))
+            watch = asyncio.create_task(self._watch(client, lambda: enough(found.keys()))) if enough else None
+            try:
+                await asyncio.gather(*(one(number, request) for number, request in enumerate(requests)))
+            finally:
+                if watch:
+                    watch.cancel()
+        return [found[number] for number in range(len(requests))]
 
-    async def _ask(self, client: httpx.AsyncClient, request: Request, seed: int, version: int) -> Completion:
+    async def _watch(self, client: httpx.AsyncClient, is_enough: Callable[[], bool]) -> None:
+        """Wait until it is enough, then break off what is under way; again and again, as a server may not know a request yet."""
+        while not is_enough():
+            await asyncio.sleep(0.05)
+        self._is_over = True
+        while True:
+            for url in self.urls:
+                names = [name for name, where in self._under_way.items() if where == url]
+                for path, body in self._dialect.break_off(names) if names else []:
+                    with contextlib.suppress(httpx.HTTPError):
+                        await client.post(url + path, json=body)
+            await asyncio.sleep(0.2)
+
+    async def _ask(
+        self, client: httpx.AsyncClient, request: Request, seed: int, version: int, name: str | None = None
+    ) -> Completion:
         path, body = self._dialect.generate(request, self._temperature, self._stop_ids, seed, self._adapter_name)
+        body = self._dialect.named(body, name) if name else body
         reason = ""
         tried: set[str] = set()
         for _ in range(self._config.retries + 1):
+            if self._is_over:
+                return Completion([], [], "broken off", version)
             url = min(self.urls, key=lambda url: (url in tried, self._busy[url]))
             tried.add(url)
             self._busy[url] += 1
+            if name:
+                self._under_way[name] = url
             try:
                 answer = await client.post(url + path, json=body)
                 if answer.status_code != 200:
                     raise BadAnswer(f"status {answer.status_code}: {answer.text[:200]}")
                 completion = self._dialect.completion(answer.json(), version)
                 check(completion, request, self._stop_ids)
-                return completion
+                is_broken_off = self._is_over and completion.finish == "aborted"
+                return replace(completion, finish="broken off") if is_broken_off else completion
             except httpx.HTTPError as error:
                 kind = "hung" if isinstance(error, httpx.TimeoutException) else "unreachable"
                 self.faults[kind] += 1
@@ -190,10 +231,13 @@ class Servers:
                 if self.is_ours:
                     await self._start_again(url)
             except (BadAnswer, KeyError, TypeError, ValueError) as error:
+                if self._is_over:  # one that was broken off before its first token may lack everything
+                    return Completion([], [], "broken off", version)
                 self.faults["bad answer"] += 1
                 reason = f"{url}: {type(error).__name__}: {error}"
             finally:
                 self._busy[url] -= 1
+                self._under_way.pop(name, None)
         if "BadAnswer" in reason or self.is_ours:
             self.faults["given up"] += 1
             return Completion([], [], "aborted", version)

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +85,10 @@ class ServedEngine:
 
     def generate(self, requests: list[Request], seed: int) -> list[Completion]:
         return on_first(lambda: self._servers.generate(requests, seed, self._version))
+
+    def write(self, requests: list[Request], seed: int, enough: Callable[[Collection[int]], bool]) -> list[Completion]:
+        """As `generate`, on the first rank alone and from any thread; `enough` as `Servers.generate` has it."""
+        return self._servers.generate(requests, seed, self._version, enough)
 
     def synchronise(self, version: int) -> None:
         if version == self._version:

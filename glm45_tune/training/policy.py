@@ -13,9 +13,10 @@ from glm45_tune.data.chat import Sample
 from glm45_tune.data.packing import BatchPlan, pack
 from glm45_tune.mcore.step import StepResult, Trainer
 from glm45_tune.rl.losses import answer_weights, divergence, importance_weights, policy_losses, sequence_ratios
+from glm45_tune.training.ahead import Ahead
 from glm45_tune.training.engines import LocalEngine, ServedEngine
 from glm45_tune.training.prepare import Job
-from glm45_tune.training.rollout import Answer, Roller, as_line
+from glm45_tune.training.rollout import Answer, Roller, Rollout, as_line
 from glm45_tune.training.schedule import learning_rate_of
 from glm45_tune.training.sft import common_metrics
 
@@ -30,17 +31,13 @@ class PolicyGradient:
         self._job, self._trainer, self._rl = job, trainer, job.recipe.rl
         self._engine = (LocalEngine if self._rl.engine.kind == "local" else ServedEngine)(job, trainer)
         self._roller = Roller(job, self._engine)
+        self._ahead = Ahead(job, self._engine, self._roller.prompts) if self._rl.staleness else None
         self._version = 0
 
     def train_step(self, step: int) -> dict[str, float]:
         job = self._job
         started = time.perf_counter()
-        self._trainer.enter("giving the engine the weights")
-        self._engine.synchronise(self._version)
-        self._trainer.enter("rollout")
-        synchronised = time.perf_counter()
-        self._trainer.enter("rollout")
-        rollout = self._roller.roll(step)
+        rollout, sync_seconds = self._rollout_ahead(step) if self._ahead else self._rollout(step)
         rolled = time.perf_counter()
         lr = learning_rate_of(job.recipe, step, job.num_steps)
         # where no group was left to learn from, the optimizer makes a step of length 0
@@ -55,20 +52,50 @@ class PolicyGradient:
             "train/learning_rate": lr,
             "train/tokens": sum(len(answer.token_ids) for answer in rollout.answers),
             "rl/version": self._version,
-            "perf/sync_seconds": synchronised - started,
-            "perf/rollout_seconds": rolled - synchronised,
+            "perf/sync_seconds": sync_seconds,
+            "perf/rollout_seconds": rolled - started - sync_seconds,
             "perf/train_seconds": trained - rolled,
         }
+
+    def _rollout(self, step: int) -> tuple[Rollout, float]:
+        """The step's answers from the weights as they stand, and the seconds that the engine took to have them."""
+        seconds = self._synchronise()
+        return self._roller.roll(step), seconds
+
+    def _rollout_ahead(self, step: int) -> tuple[Rollout, float]:
+        """What was written during the last step; then the engine gets the weights as they stand, and writes while this step trains."""
+        ahead, seconds = self._ahead, 0.0
+        if not ahead.is_writing:
+            seconds += self._synchronise()
+            ahead.start(step, self._version)
+        answers, metrics = ahead.take(self._version)
+        rollout = self._roller.roll(step, answers)
+        rollout.metrics |= metrics
+        if step + 1 < self._job.num_steps:
+            seconds += self._synchronise()
+            ahead.start(step + 1, self._version)
+        return rollout, seconds
+
+    def _synchronise(self) -> float:
+        started = time.perf_counter()
+        self._trainer.enter("giving the engine the weights")
+        self._engine.synchronise(self._version)
+        self._trainer.enter("rollout")
+        return time.perf_counter() - started
 
     def evaluate(self) -> dict[str, float]:
         return {}
 
     @property
     def state(self) -> dict:
-        return {"prompts_taken": self._roller.prompts.taken, "version": self._version}
+        prompts = self._roller.prompts
+        untrained = [*(self._ahead.pending if self._ahead else []), *prompts.again]
+        found = {"prompts_taken": prompts.taken, "version": self._version}
+        return found | ({"prompts_again": untrained} if untrained else {})
 
     def resume(self, state: dict) -> None:
         self._roller.prompts.taken, self._version = state["prompts_taken"], state["version"]
+        self._roller.prompts.again = state.get("prompts_again", [])
         path = self._job.run / SAMPLES_FILE
         if torch.distributed.get_rank() == 0 and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -77,6 +104,8 @@ class PolicyGradient:
 
     def close(self) -> None:
         self._roller.close()
+        if self._ahead:
+            self._ahead.close()
         self._engine.close()
 
     def _update(self, answers: list[Answer], lr: float) -> list[StepResult]:

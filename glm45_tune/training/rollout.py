@@ -28,6 +28,8 @@ class Answer:
     token_ids: list[int]
     written: list[bool] = field(init=False)
     logprobs: list[float] = field(init=False)
+    versions: list[int] = field(init=False)
+    """Of the weights that wrote each token; −1 where the model did not."""
     experts: np.ndarray | None = None
     finish: str = ""
     version: int = 0
@@ -37,25 +39,32 @@ class Answer:
     def __post_init__(self):
         self.written = [False] * len(self.token_ids)
         self.logprobs = [0.0] * len(self.token_ids)
+        self.versions = [-1] * len(self.token_ids)
 
     @property
     def length(self) -> int:
         """Tokens that the model wrote."""
         return sum(self.written)
 
+    @property
+    def oldest(self) -> int:
+        """The oldest version that wrote one of its tokens; its own where none is written."""
+        return min((version for version in self.versions if version >= 0), default=self.version)
+
     def extend(self, completion: Completion) -> None:
-        self._add(completion.token_ids, True, completion.logprobs)
+        self._add(completion.token_ids, True, completion.logprobs, completion.version)
         self.finish, self.version = completion.finish, completion.version
         self.experts = completion.experts  # of everything so far: the engine read it all
 
     def hear(self, token_ids: list[int]) -> None:
         """Tokens that are not the model's: a tool's answer."""
-        self._add(token_ids, False, [0.0] * len(token_ids))
+        self._add(token_ids, False, [0.0] * len(token_ids), -1)
 
-    def _add(self, token_ids: list[int], is_written: bool, logprobs: list[float]) -> None:
+    def _add(self, token_ids: list[int], is_written: bool, logprobs: list[float], version: int) -> None:
         self.token_ids = self.token_ids + token_ids
         self.written += [is_written] * len(token_ids)
         self.logprobs += logprobs
+        self.versions += [version] * len(token_ids)
 
 
 @dataclass
@@ -67,19 +76,30 @@ class Rollout:
 
 
 class Prompts:
-    """The order of prompts over a whole run, a function of the seed: each epoch is shuffled anew. `taken` is all that resume needs."""
+    """The order of prompts over a whole run, a function of the seed: each epoch is shuffled anew. `taken`, and `again`, the numbers
+
+    of those that were taken and are to be taken once more, are all that resume needs.
+    """
 
     def __init__(self, job: Job):
         self._samples, self._seed, self.taken = job.train.samples, job.recipe.train.seed, 0
+        self.again: list[int] = []
+        self._epoch, self._order = -1, np.empty(0, int)
+
+    def take_numbers(self, count: int) -> list[int]:
+        found, self.again = self.again[:count], self.again[count:]
+        first, self.taken = self.taken, self.taken + count - len(found)
+        return [*found, *range(first, self.taken)]
 
     def take(self, count: int) -> list[Sample]:
-        found = []
-        for _ in range(count):
-            epoch, place = divmod(self.taken, len(self._samples))
+        return [self.sample(number) for number in self.take_numbers(count)]
+
+    def sample(self, number: int) -> Sample:
+        epoch, place = divmod(number, len(self._samples))
+        if epoch != self._epoch:
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._samples))
-            found.append(self._samples[int(order[place])])
-            self.taken += 1
-        return found
+            self._epoch, self._order = epoch, order
+        return self._samples[int(self._order[place])]
 
 
 class Roller:
@@ -97,8 +117,8 @@ class Roller:
                     f"data.seq_length {job.recipe.data.seq_length}. Raise it or shorten the prompt."
                 )
 
-    def roll(self, step: int) -> Rollout:
-        """The step's answers with their rewards and advantages."""
+    def roll(self, step: int, written: list[Answer] | None = None) -> Rollout:
+        """The step's answers with their rewards and advantages; `written`: its first ones, where they are written already."""
         rl, wanted = self._rl, self._job.recipe.train.global_batch_size
         kept: list[Answer] = []
         seen, counts, parts = [], Counter(), {}
@@ -106,8 +126,8 @@ class Roller:
             missing = wanted - len(kept) // rl.group_size
             if not missing:
                 break
-            number = self._job.recipe.train.seed * 1_000_003 + step * 101 + attempt
-            answers = self._ask(self.prompts.take(missing), number)
+            number = seed_of(self._job, step, attempt)
+            answers = written if written and not attempt else self._ask(self.prompts.take(missing), number)
             self._judge(answers, counts, parts)
             equal = equal_groups(np.array([a.reward for a in answers]), np.array([a.group for a in answers]))
             counts["equal"] += int(equal.sum())
@@ -224,6 +244,11 @@ class Roller:
             worker.close()
 
 
+def seed_of(job: Job, step: int, attempt: int) -> int:
+    """Of a step's draw from the engine, from its first one on and through its refills."""
+    return job.recipe.train.seed * 1_000_003 + step * 101 + attempt
+
+
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
@@ -243,4 +268,6 @@ def as_line(step: int, answer: Answer, text: str, prompt: str) -> str:
     """An answer for samples.jsonl."""
     facts = {"step": step, "prompt": prompt, "completion": text, "reward": answer.reward, "advantage": answer.advantage}
     facts["reward"] = None if np.isnan(answer.reward) else answer.reward
-    return json.dumps(facts | {"finish": answer.finish, "version": answer.version}, ensure_ascii=False) + "\n"
+    facts |= {"finish": answer.finish, "version": answer.version}
+    facts |= {"oldest_version": answer.oldest} if answer.oldest != answer.version else {}
+    return json.dumps(facts, ensure_ascii=False) + "\n"

@@ -39,7 +39,7 @@ def main(cases: str, output: str) -> None:
         job = prepare(Recipe.from_dict(case["recipe"]))
         runtime.start(job.layout, job.recipe.train.seed)
         trainer = Trainer(job.recipe, job.layout, job.source)
-        method = METHODS[job.recipe.kind](job, trainer)
+        method = METHODS[job.kind](job, trainer)
         losses = [method.train_step(step)["train/loss"] for step in range(STEPS)]
         facts = {**held(trainer), "stage": parallel_state.get_pipeline_model_parallel_rank(), "losses": losses}
         (Path(output) / f"{case['name']}.{dist.get_rank()}.json").write_text(json.dumps(facts))

@@ -53,7 +53,7 @@ def main(cases: str, output: str) -> None:
         runtime.start(job.layout, job.recipe.train.seed)
         job.run.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(job.recipe, job.layout, job.source)
-        method = METHODS[job.recipe.kind](job, trainer)
+        method = METHODS[job.kind](job, trainer)
         if isinstance(method, PolicyGradient) and not case.get("writes"):
             method._engine = method._roller._engine = Dice()
         if case.get("writes"):

@@ -2,11 +2,15 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from glm45_tune.objectives import EngineConfig
 from glm45_tune.recipe import Recipe
+from glm45_tune.rl.engine import Request
+from glm45_tune.rl.servers import Servers
 from glm45_tune.training import loop
 from glm45_tune.training.prepare import prepare
 
@@ -23,17 +27,42 @@ pytestmark = [
 ]
 
 
-def test_three_updates_against_a_real_server(checkpoints, make_recipe, tmp_path, monkeypatch):
-    """fp32: mean |log-probability gap| of the server's answers to the trainer ≤ 1e-5 after every update, ratio exactly 1."""
+COMMAND = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--port", "{port}"]
+COMMAND += ["--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--enable-scale-out"]
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_answers_under_way_come_back_as_they_are_and_go_on(checkpoints, on_a_cpu, tmp_path):
+    """Two long answers are broken off when a short one is there: tokens and log-probabilities of what was written, and no fault."""
+    config = EngineConfig(kind="vllm", command=[*COMMAND, "--max-model-len", "2048"], start_seconds=900)
+    servers = Servers(config, str(checkpoints["air-no-mtp"]), 1.0, [1], tmp_path / "log")
+    servers.start()
+    try:
+        started = time.monotonic()
+        asked = [Request([5, 6, 7], 8), Request([5, 6, 8], 1900), Request([5, 6, 9], 1900)]
+        found = servers.generate(asked, 0, 3, lambda found: 0 in found and time.monotonic() > started + 3)
+        assert [answer.finish for answer in found] == ["length", "broken off", "broken off"] and not servers.faults
+        assert all(0 < len(answer.token_ids) == len(answer.logprobs) < 1900 for answer in found[1:])
+        (more,) = servers.generate([Request([5, 6, 8, *found[1].token_ids], 8)], 0, 4)
+        assert more.finish in ("length", "stop") and more.version == 4
+        (nothing,) = servers.generate(asked[1:2], 0, 4, lambda found: True)
+        assert nothing.finish == "broken off" and not servers.faults
+    finally:
+        servers.stop()
+
+
+def test_three_updates_against_a_real_server(checkpoints, make_recipe, on_a_cpu, tmp_path):
+    """fp32: mean |log-probability gap| of the server's answers to the trainer ≤ 1e-5 after every update, ratio exactly 1."""
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"第{n}个问题。" + "Tell me. " * (n % 3)} for n in range(6)]
     prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--port", "{port}"]
-    command += ["--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-model-len", "160"]
-    command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
+    command = [*COMMAND, "--max-model-len", "160", "--logprobs-mode", "processed_logprobs"]
     recipe = make_recipe(checkpoints["air"], prompts, tmp_path / "run", train={"steps": 3, "global_batch_size": 2})
     recipe["data"] |= {"format": "rl"}
     recipe |= {

@@ -2,7 +2,8 @@
 
 The model is in the test's own process (`Backend`), which has torch and transformers already; the server that is started, dies and
 hangs is this file, run as a script: it passes requests on. Arguments: the backend's URL, dialect, model directory, port, and a file
-of orders, read at every request: one word, or nothing.
+of orders, read at every request: one word, or nothing. An answer with a name is written token by token, and can be broken off; under
+the order "slow PLACE TOKEN" one to a prompt with that token at that place takes long over each of its own.
 """
 
 import json
@@ -76,6 +77,7 @@ class Backend:
 
 def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> None:
     state = {"model": model}
+    broken_off: set[str] = set()
 
     def ask(path: str, body: dict) -> dict:
         request = urllib.request.Request(
@@ -93,11 +95,35 @@ def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> Non
             time.sleep(3600)
         return (vllm if dialect == "vllm" else sglang)(path, body, order)
 
+    def write(ids: list[int], count: int, stops: list[int], draw: dict, name: str | None, order: str) -> dict:
+        if name is None:
+            return ask("/write", {"ids": ids, "count": count, "stops": stops, **draw})
+        written = {"tokens": [], "logprobs": [], "finish": "length"}
+        place, token = map(int, order.split()[1:]) if order.startswith("slow") else (0, -1)
+        while len(written["tokens"]) < count:
+            if name in broken_off:
+                return written | {"finish": "abort"}
+            time.sleep(0.5 * (ids[place] == token))
+            wish = {
+                "ids": ids + written["tokens"],
+                "count": 1,
+                "stops": stops,
+                "seed": draw["seed"] + len(written["tokens"]),
+            }
+            one = ask("/write", draw | wish)
+            written["tokens"] += one["tokens"]
+            written["logprobs"] += one["logprobs"]
+            if one["finish"] == "stop":
+                return written | {"finish": "stop"}
+        return written
+
     def vllm(path: str, body: dict, order: str) -> dict:
+        if path == "/inference/v1/abort_requests":
+            broken_off.update(name.removeprefix("generate-tokens-") for name in body["request_ids"])
+            return {}
         wish, ids = body["sampling_params"], body["token_ids"]
-        written = ask(
-            "/write", {"ids": ids, "count": wish["max_tokens"], "stops": wish["stop_token_ids"], **_draw(wish, "seed")}
-        )
+        draw = _draw(wish, "seed")
+        written = write(ids, wish["max_tokens"], wish["stop_token_ids"], draw, body.get("request_id"), order)
         tokens = written["tokens"][: -1 if order == "short" else None]
         content = [{"token_id": token, "logprob": value} for token, value in zip(written["tokens"], written["logprobs"])]
         return {"choices": [{"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": written["finish"]}]}
@@ -108,9 +134,12 @@ def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> Non
                 state["model"] = body["model_path"]
                 ask("/load", {})
             return {"success": True}
+        if path == "/abort_request":
+            broken_off.add(body["rid"])
+            return {}
         wish, ids = body["sampling_params"], body["input_ids"]
         count, stops = wish["max_new_tokens"], wish["stop_token_ids"]
-        written = ask("/write", {"ids": ids, "count": count, "stops": stops, **_draw(wish, "sampling_seed")})
+        written = write(ids, count, stops, _draw(wish, "sampling_seed"), body.get("rid"), order)
         entries = [[value, token, None] for token, value in zip(written["tokens"], written["logprobs"])]
         facts = {"output_token_logprobs": entries, "finish_reason": {"type": written["finish"]}}
         return {"output_ids": written["tokens"], "meta_info": facts}
