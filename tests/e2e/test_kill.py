@@ -1,15 +1,8 @@
 """Killed at random moments and started again, a run ends as if nothing had happened. `scripts/kill_test.py` does it any number of times."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-pytestmark = pytest.mark.skipif(
-    "GLM45_TUNE_LONG_TESTS" not in os.environ, reason="long, and not yet seen to its end: set GLM45_TUNE_LONG_TESTS=1"
-)
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_test.py"
 

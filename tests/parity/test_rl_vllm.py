@@ -1,7 +1,6 @@
 """The loop of reinforcement learning against a real vLLM on the CPU: three updates, each on the server before it writes again."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -17,14 +16,9 @@ from glm45_tune.training.prepare import prepare
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 
-pytestmark = [
-    pytest.mark.skipif(
-        "GLM45_TUNE_LONG_TESTS" not in os.environ, reason="long, and not yet seen to its end: set GLM45_TUNE_LONG_TESTS=1"
-    ),
-    pytest.mark.skipif(
-        not (ROOT / ".venv-vllm" / "installed").exists(), reason="no .venv-vllm (scripts/setup_vllm.sh needs Python 3.11)"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".venv-vllm" / "installed").exists(), reason="no .venv-vllm (scripts/setup_vllm.sh needs Python 3.11)"
+)
 
 
 COMMAND = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--port", "{port}"]
