@@ -1,7 +1,10 @@
 """Start and stop of a rank: device, process groups, megatron's parallel state, seeds."""
 
 import datetime
+import hashlib
 import os
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -40,15 +43,13 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        if alone := "RANK" not in os.environ:
-            found = dist.HashStore(), 0, 1
-        else:
-            found = next(dist.rendezvous("env://", timeout=timeout))
-            _store = found[0]
-        shared, rank, size = found
+        shared, rank, size = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            shared = _store = _fresh(shared, rank, size)
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=shared if alone else dist.PrefixStore("groups", shared),
+            store=dist.PrefixStore("groups", shared),
             rank=rank,
             world_size=size,
             # the watchdog speaks first
@@ -69,6 +70,27 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout
     if torch.cuda.is_available():
         _open_groups()
     seed_all(seed)
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the job's store that no earlier attempt wrote to, the same on every rank. torchrun keeps one store over its restarts,
+
+    and with it the addresses of ranks that are dead; which attempt this is, its hosts count differently. So every rank leaves a
+    token, and the first one says which tokens it sees, anew until all have answered to the same. Raises TimeoutError.
+    """
+    mine, attempt, last = uuid.uuid4().hex, "", time.monotonic() + store.timeout.total_seconds()
+    store.set(f"token/{rank}", mine)
+    while time.monotonic() < last:
+        if rank == 0:
+            store.set("tokens", " ".join(store.get(f"token/{other}").decode() for other in range(size)))
+        tokens = store.get("tokens")
+        if mine in tokens.decode().split():
+            attempt = hashlib.sha256(tokens).hexdigest()
+            store.set(f"{attempt}/{rank}", "")
+        if attempt and store.check([f"{attempt}/{other}" for other in range(size)]):
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
+    raise TimeoutError("some rank of this job has not joined it")
 
 
 def _close_groups() -> None:

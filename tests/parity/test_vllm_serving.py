@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv-vllm" / "installed").exists(), reason="no .venv-vllm (scripts/setup_vllm.sh needs Python 3.11)"
 )
 
-PLACES = {"河北": "石家庄", "山西": "太原", "浙江": "杭州", "江苏": "南京", "四川": "成都", "湖北": "武汉"}
+# not 湖北: of a 武汉 whose characters are several tokens each, vLLM 0.32's parser of calls makes 武武汉, though the tokens are right
+PLACES = {"河北": "石家庄", "山西": "太原", "浙江": "杭州", "江苏": "南京", "四川": "成都"}
 TOOLS = [
     {
         "type": "function",
@@ -39,8 +40,8 @@ TOOLS = [
             "description": "weather",
             "parameters": {
                 "type": "object",
-                "properties": {"province": {"type": "string"}, "days": {"type": "integer"}},
-                "required": ["province"],
+                "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+                "required": ["city"],
             },
         },
     }
@@ -56,15 +57,12 @@ def weather(place: str) -> list[dict]:
 
 
 def rows(thought: str, said: str, days: int) -> list[dict]:
-    """Of every place: asked with thinking, without, and for its weather, which is a call.
-
-    The call's argument is a word that is one token: vLLM 0.32 writes 武武汉 for a 武汉 whose characters are several tokens each.
-    """
+    """Of every place: asked with thinking, without, and for its weather, which is a call."""
     found = []
     for place, seat in PLACES.items():
         think = {"role": "assistant", "reasoning_content": thought.format(place, seat), "content": said.format(place, seat)}
         at_once = {"role": "assistant", "content": said.format(place, seat)}
-        call = {"type": "function", "function": {"name": "get_weather", "arguments": {"province": place, "days": days}}}
+        call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": seat, "days": days}}}
         found.append({"messages": [*question(place), think]})
         found.append({"messages": [*question(place), at_once], "enable_thinking": False})
         asks = {"role": "assistant", "reasoning_content": thought.format(place, seat), "tool_calls": [call]}
@@ -203,7 +201,7 @@ def test_calls_are_parsed(vllm):
         said = ask(vllm, weather(place), tools=TOOLS)
         (call,) = said["message"]["tool_calls"]
         assert call["function"]["name"] == "get_weather" and said["finish_reason"] == "tool_calls"
-        assert json.loads(call["function"]["arguments"]) == {"province": place, "days": DAYS}
+        assert json.loads(call["function"]["arguments"]) == {"city": seat, "days": DAYS}
         assert thought_of(said["message"]) == THOUGHT.format(place, seat)
 
 
@@ -211,12 +209,12 @@ def test_chat_streams_from_it(vllm, tmp_path, capsys):
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS), encoding="utf-8")
     talk(None, None, None, question("浙江")[0]["content"], 200, vllm)
     talk("along", None, False, question("四川")[0]["content"], 200, vllm)
-    talk(None, None, None, weather("湖北")[0]["content"], 200, vllm, tmp_path / "tools.json")
+    talk(None, None, None, weather("江苏")[0]["content"], 200, vllm, tmp_path / "tools.json")
     out = capsys.readouterr().out
     assert (
         THOUGHT.format("浙江", "杭州") in out and SAID.format("浙江", "杭州") in out and SAID.format("四川", "成都") in out
     )
-    assert "四川 is 成都" not in out and 'get_weather({"province": "湖北", "days": 3})' in out and "<think>" not in out
+    assert "四川 is 成都" not in out and 'get_weather({"city": "南京", "days": 3})' in out and "<think>" not in out
 
 
 def test_drafts_of_an_mtp_layer_that_was_trained_along_are_accepted(vllm, tuned, tmp_path):
