@@ -72,11 +72,15 @@ def _main() -> int:
     _end_with_parent()
     told: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    import pyarrow
     import torch
 
     begin = _begin_python
     if not torch.cuda.device_count():
         import glm45_tune.training.loop  # noqa: F401
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+        pyarrow.array([0])  # which is when it imports pandas
 
         begin = _fork
         # pyarrow's allocator has a thread, and minds forks
