@@ -262,7 +262,7 @@ def _both(row: dict) -> tuple[list, list]:
     ]
     if "rejected_messages" in row:
         rejected = _answer(_list(row, "rejected_messages"), "rejected_messages")
-        whole = rejected[0] == chosen[0]
+        whole = rejected[:1] == chosen[:1]
         return chosen, rejected if whole else _behind(front, rejected, "rejected_messages")
     if not isinstance(row["rejected_response"], str):
         raise DataError(f"is {type(row['rejected_response']).__name__}; a string is expected", "rejected_response")

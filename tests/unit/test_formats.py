@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from glm45_tune.data.chat import ChatRenderer, load_tokenizer
@@ -287,6 +287,7 @@ fuzzed = st.dictionaries(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(row=fuzzed, kind=st.sampled_from(["sft", "preference", "rl"]))
+@example(row={"messages": [], "rejected_messages": [None]}, kind="preference")
 def test_any_row_gets_a_verdict(tokenizer, row, kind):
     """A sample that trains something, or an error that names the place: never a crash, never silence."""
     try:
