@@ -86,12 +86,15 @@ def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> Non
         return json.loads(urllib.request.urlopen(request).read())
 
     def reply(path: str, body: dict) -> dict:
-        order = orders.read_text().strip() if orders.exists() else ""
+        try:
+            order = orders.read_text().strip()
+            if order in ("die", "hang"):
+                orders.unlink()
+        except FileNotFoundError:  # none, or another request's
+            order = ""
         if order == "die":
-            orders.unlink()
             os._exit(9)
         if order == "hang":
-            orders.unlink()
             time.sleep(3600)
         return (vllm if dialect == "vllm" else sglang)(path, body, order)
 
