@@ -31,7 +31,10 @@ def serving(name: str, spec: ModelSpec, is_fp8: bool, speculate: bool) -> Servin
     """The commands for a model called `name`. speculate: with its MTP layer as the drafter."""
     _, _, (h100, _), _ = CARDS.get((spec.num_layers, is_fp8), ("", "", (1, 1), None))
     served = name.rpartition("/")[2].lower()
-    vllm = [f"{VLLM_ENV} vllm serve {name} --served-model-name {served}", *([f"--tensor-parallel-size {h100}"] if h100 > 1 else [])]
+    vllm = [
+        f"{VLLM_ENV} vllm serve {name} --served-model-name {served}",
+        *([f"--tensor-parallel-size {h100}"] if h100 > 1 else []),
+    ]
     vllm += [f"{PARSERS} --enable-auto-tool-choice"]
     sglang = [f"python -m sglang.launch_server --model-path {name} --served-model-name {served}"]
     sglang += [f"--tp-size {h100}"] * (h100 > 1) + [PARSERS, "--port 8000"]

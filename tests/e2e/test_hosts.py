@@ -58,7 +58,16 @@ def start(hosts: list[str], recipe: Path, tag: str) -> list[subprocess.Popen]:
     for number, name in enumerate(hosts):
         command = ["ip", "netns", "exec", name, *TORCHRUN, *options, "--node-rank", str(number)]
         log = open(recipe.parent / f"{tag}{number}.log", "w")
-        command += ["--rdzv-conf", f"is_host={number == 0}", "--local-addr", f"10.77.0.{number + 1}", "-m", "glm45_tune", "train", str(recipe)]
+        command += [
+            "--rdzv-conf",
+            f"is_host={number == 0}",
+            "--local-addr",
+            f"10.77.0.{number + 1}",
+            "-m",
+            "glm45_tune",
+            "train",
+            str(recipe),
+        ]
         jobs.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     return jobs
 

@@ -9,6 +9,6 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_test.py"
 
 def test_five_kills_change_no_bit():
     command = [sys.executable, str(SCRIPT), "--kills", "5", "--ranks", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=2400, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "5 of 5 ended with the same weights" in ended.stdout
