@@ -163,6 +163,15 @@ def make_recipe():
     return recipe_dict
 
 
+@pytest.fixture(scope="module")
+def backend():
+    """What imitation engines write with, see tests/unit/fake_engine.py."""
+    from fake_engine import Backend
+
+    with Backend() as backend:
+        yield backend
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch):
     """Run the command line in this process: returns (exit code, stdout, stderr)."""

@@ -39,14 +39,6 @@ def prompts(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def backend():
-    from fake_engine import Backend
-
-    with Backend() as backend:
-        yield backend
-
-
 @pytest.fixture
 def make(checkpoints, prompts, make_recipe, tmp_path, backend):
     """A checked job whose answers a server of ours writes; `orders` is the file by which it is told to misbehave."""
