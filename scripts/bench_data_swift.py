@@ -32,7 +32,7 @@ def main() -> None:
     for row in encoded:
         try:
             kept[row["number"]] = template.encode(row)["input_ids"]
-        except Exception as error:
+        except Exception as error:  # a row that ms-swift cannot take is a result: lost
             print(f"row {row['number']}: {error!r}", file=sys.stderr)
     with open(out, "w", encoding="utf-8") as handle:
         json.dump(kept, handle)

@@ -87,7 +87,7 @@ class ChatRenderer:
                 self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=generation, **options)
                 for generation in (False, True)
             )
-        except Exception as error:
+        except Exception as error:  # a template is a program and may raise anything
             where = self.tokenizer.name_or_path
             raise DataError(f"{where}: its chat template cannot render a simple question: {error!r}") from error
         return self._ids(prompt.removeprefix(without))[1:]

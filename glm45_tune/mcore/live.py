@@ -66,7 +66,7 @@ def on_first_rank(module, work: Callable[[LiveTensors], object]) -> None:
     if dist.get_rank() == 0:
         try:
             work(live)
-        except Exception as error:
+        except Exception as error:  # raised below, once the others no longer wait
             fault[0] = error
         dist.broadcast_object_list([None], src=0)
     else:

@@ -132,7 +132,7 @@ async def _together(function, items: list, options: dict, seconds: float) -> lis
             return _checked(await asyncio.wait_for(function(*item, **options), seconds))
         except TimeoutError:
             return None, "timeout", f"took longer than {seconds} s"
-        except Exception as error:
+        except Exception as error:  # a reward is the user's program: what it raises is counted and said
             return _raised(error)
 
     return list(await asyncio.gather(*map(one, items)))
@@ -141,7 +141,7 @@ async def _together(function, items: list, options: dict, seconds: float) -> lis
 def _batch(function, items: list, options: dict) -> list[Result]:
     try:
         values = list(function(*map(list, zip(*items)), **options))
-    except Exception as error:
+    except Exception as error:  # the user's program
         return [_raised(error)] * len(items)
     if len(values) != len(items):
         return [(None, "wrong count", f"returned {len(values)} rewards for {len(items)} answers")] * len(items)
@@ -160,7 +160,7 @@ def main(config: RewardConfig, seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     try:
         function = rewards.load(config.function)
-    except Exception as error:
+    except Exception as error:  # importing the user's module runs it
         say({"error": f"{config.function}: {type(error).__name__}: {error}"})
         return
     batched, is_async = getattr(function, "batched", False), inspect.iscoroutinefunction(function)
@@ -175,7 +175,7 @@ def main(config: RewardConfig, seconds: float) -> None:
             for item in items:
                 try:
                     result = _checked(function(*item, **config.options))
-                except Exception as error:
+                except Exception as error:  # the user's program
                     result = _raised(error)
                 say({"results": [result]})
 

@@ -164,7 +164,7 @@ def on_first(work: Callable[[], object]) -> object:
     if dist.get_rank() == 0:
         try:
             box[0] = work()
-        except Exception as error:
+        except Exception as error:  # raised on every rank, once all have it
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

@@ -28,7 +28,7 @@ def told_well(job: Job, watchdog: Watchdog):
         yield
     except (UserError, StoppedError, VerificationError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks wait for this one: it is told, and the rank ends
         rank = os.environ.get("RANK")
         if _is_out_of_memory(error):
             raise StoppedError(_out_of_memory(job, watchdog, error)) from error

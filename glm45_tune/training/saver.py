@@ -87,8 +87,8 @@ class Saver:
         except SaveError as error:
             self.failure = str(error)
             self._say([_sentence(self._job.run, facts["step"], error)])
-        except Exception as error:
-            self._bug = error  # raised where the main thread waits
+        except Exception as error:  # a thread's fault would be lost: raised where the main thread waits
+            self._bug = error
 
 
 def _sentence(run: Path, step: int, error: SaveError) -> str:
