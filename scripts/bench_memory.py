@@ -187,7 +187,8 @@ def this_card() -> tuple[Card | None, int]:
     if not torch.cuda.is_available():
         return None, 0
     name = torch.cuda.get_device_name().lower()
-    return next((card for key, card in CARDS.items() if key in name), None), torch.cuda.device_count()
+    known = [key for key in CARDS if key in name]  # "h200" has "h20" in it
+    return CARDS[max(known, key=len)] if known else None, torch.cuda.device_count()
 
 
 def table(rows: list[dict]) -> str:

@@ -2,8 +2,8 @@
 
     python scripts/bench_step.py [--tokens 8192] [--peers transformers,te] [--profile] [--full]
 
-All are built at Air's width with random bf16 weights at two depths, and run one after the other in every round; a layer is
-the difference of the two depths' medians over the layers between them, so that embedding, head and launch overheads fall out.
+All are built at Air's width with random bf16 weights at two depths, and run one after the other in every round, a few steps
+each; a layer is the difference of the two depths' medians over the layers between them, so that embedding, head and launch overheads fall out.
 LoRA r 32 on attention unless said otherwise. Rows: one document of `tokens`, and documents of log-normal lengths.
 """
 
@@ -22,7 +22,9 @@ from bench_models import AIR, Megatron, Ours, Transformers
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import runtime
 
-SHALLOW, DEEP, ROUNDS = 2, 4, 7
+SHALLOW, DEEP, ROUNDS = 2, 4, 3
+STEPS = 4
+"""In a row, each round, of which the first is not kept: a card that has just done something else is cooler and faster."""
 ATTENTION = ("linear_qkv", "linear_proj")
 
 
@@ -45,21 +47,19 @@ class Timed:
         self.loss = float("nan")
 
     def run(self, depth: int, models, keep: bool) -> None:
-        """Twice where the way of running has just changed: the first is not kept."""
         for model in models.values():
             model.set_depth(depth)
         step = self.prepare(models)
         held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        loss, kept = step(*self.row)
-        end.record()
-        torch.cuda.synchronize()
-        self.loss = loss
-        if keep:
-            self.milliseconds[depth].append(start.elapsed_time(end))
-            self.gib[depth] = (kept - held) / 2**30
+        for number in range(STEPS if keep else 1):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            self.loss, kept = step(*self.row)
+            end.record()
+            torch.cuda.synchronize()
+            if number:
+                self.milliseconds[depth].append(start.elapsed_time(end))
+                self.gib[depth] = (kept - held) / 2**30
 
     def a_layer(self) -> tuple[float, float]:
         """(milliseconds, GiB of activations kept) of one layer."""
@@ -71,10 +71,10 @@ class Timed:
 def measure(build: dict, cases: list[Timed]) -> None:
     """build: name → model class; each case's prepare takes the models by name. A shallow model is the deep one's first layers."""
     models = {name: make(DEEP) for name, make in build.items()}
-    for round_ in range(ROUNDS + 2):
+    for round_ in range(ROUNDS + 1):
         for case in cases:
             for depth in (SHALLOW, DEEP):
-                case.run(depth, models, keep=round_ >= 2)
+                case.run(depth, models, keep=round_ >= 1)
     del models
     gc.collect()
     torch.cuda.empty_cache()
@@ -90,6 +90,23 @@ def teraflop(tokens: int, bounds: list[int], factor: int) -> float:
     experts = 3 * AIR.hidden_size * AIR.moe_ffn_hidden_size * (AIR.moe_router_topk + AIR.num_shared_experts)
     pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
     return (factor * (attention + experts) * tokens + 3.5 * 4 * pairs * head) / 1e12
+
+
+def sustained_gemm() -> float:
+    """TFLOP/s of the card's own matrix product (8192³, bf16, random data) after two seconds of it: what its power limit allows."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    began = time.perf_counter()
+    while time.perf_counter() - began < 2:
+        for _ in range(50):
+            a @ b
+        torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(100):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    return 100 * 2 * 8192**3 / start.elapsed_time(end) / 1e9
 
 
 def report(cases: list[Timed], tokens: int, factor: int = 4) -> None:
@@ -149,7 +166,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="full SFT instead of LoRA")
     arguments = parser.parse_args()
     runtime.start(Layout())
-    print(torch.cuda.get_device_name(), torch.__version__, f"{arguments.tokens} tokens, bf16", flush=True)
+    card = f"{torch.cuda.get_device_name()}, its own product of 8192³ at {sustained_gemm():.0f} TFLOP/s"
+    print(card, torch.__version__, f"{arguments.tokens} tokens, bf16", flush=True)
     tokens = torch.randint(0, AIR.vocab_size, (arguments.tokens,), device="cuda")
     rows = {"one document": documents(arguments.tokens, False), "packed": documents(arguments.tokens, True)}
     print(f"packed: {len(rows['packed']) - 1} documents, the longest {max(np.diff(rows['packed']))}")

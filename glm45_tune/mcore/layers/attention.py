@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm45_tune.data.context import Share
+from glm45_tune.mcore.layers import fast
 from glm45_tune.mcore.layers.context_parallel import context_attention
 from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
 from glm45_tune.mcore.layers.norm import RMSNorm
@@ -66,45 +67,11 @@ def split_heads(mixed_TGXD: torch.Tensor, table: torch.Tensor | None):
     return (query, key, value) if table is None else (rotate(query, table), rotate(key, table), value)
 
 
-class _CudnnAttention(torch.autograd.Function):
-    """nvidia-cudnn-frontend's attention over a packed row. Keeps query, key, value, output and a number a query."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, row: "PackedRow"):
-        scale = query.shape[-1] ** -0.5
-        output, lse = torch.ops.cudnn.sdpa_fwd(query, key, value, scale, is_causal=True, return_lse=True, **row.cudnn)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.row = row
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value, output, lse = ctx.saved_tensors
-        row, scale = ctx.row, query.shape[-1] ** -0.5
-        # the backward wants these numbers by document
-        padded = lse.new_zeros(row.cudnn["cu_seqlens_q"].shape[0] - 1, row.cudnn["max_seqlen_q"], query.shape[1])
-        padded[row.document, row.place] = lse.squeeze(2)
-        gradients = torch.ops.cudnn.sdpa_bwd(
-            gradient.contiguous(), query, key, value, output, padded.transpose(1, 2).contiguous(), scale, is_causal=True,
-            is_deterministic=torch.are_deterministic_algorithms_enabled(), **row.cudnn,
-        )  # fmt: skip
-        return *gradients, None
-
-
-@functools.cache
-def has_cudnn_attention() -> bool:
-    """Whether nvidia-cudnn-frontend is installed; looking registers its operators."""
-    try:
-        import cudnn.sdpa.fwd.torch_op  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def packed_attention(query_THD, key_TGD, value_TGD, row: "PackedRow") -> torch.Tensor:
     """Causal attention inside each document of the row. Returns [T, H, D]."""
-    if query_THD.is_cuda and query_THD.dtype == torch.bfloat16 and has_cudnn_attention():
-        return _CudnnAttention.apply(query_THD, key_TGD, value_TGD, row)
+    if query_THD.is_cuda and query_THD.dtype == torch.bfloat16 and fast.has_flash_attention():
+        edges, longest = row.cu_seqlens_q, row.max_seqlen_q
+        return fast.flash_attention(query_THD, key_TGD, value_TGD, edges, edges, longest, longest)
     outputs = []
     with sdpa_kernel(
         [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -199,15 +166,6 @@ class PackedRow(PackedSeqParams):
         self.bounds, self.share, self.ahead, self.cache = bounds, share, ahead, cache
 
     @functools.cached_property
-    def cudnn(self) -> dict:
-        """How cuDNN is told of the documents. It plans for each number of them and longest length: rounded up they are few."""
-        documents = _power_of_two(len(self.bounds) - 1)
-        padded = self.bounds + [self.bounds[-1]] * (documents + 1 - len(self.bounds))
-        edges = torch.tensor(padded, dtype=torch.int32).to(self.cu_seqlens_q.device, non_blocking=True)
-        longest = max(_power_of_two(self.max_seqlen_q), 128)
-        return dict(cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest)
-
-    @functools.cached_property
     def document(self) -> torch.Tensor:
         """int64 [T]: the document of each token."""
         lengths = np.diff(self.bounds)
@@ -218,7 +176,3 @@ class PackedRow(PackedSeqParams):
         """int64 [T]: the place of each token in its document."""
         places = np.concatenate([np.arange(length) for length in np.diff(self.bounds)])
         return torch.from_numpy(places).to(self.cu_seqlens_q.device, non_blocking=True)
-
-
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from torch.nn.attention.varlen import varlen_attn
 
 from glm45_tune.data.context import Share
+from glm45_tune.mcore.layers import fast
 
 
 class _SeenKeys(torch.autograd.Function):
@@ -61,9 +63,10 @@ def _one_piece(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, share: Share) -> torch.Tensor:
-    """All pieces by one kernel: torch's FlashAttention, whose causal mask is aligned to the last key."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """All pieces by one kernel: FlashAttention-4, or where that is not installed torch's FlashAttention."""
     edges = [torch.tensor(x, dtype=torch.int32, device=query.device) for x in (share.bounds, share.key_bounds)]
     longest = [max(b - a for a, b in zip(x, x[1:])) for x in (share.bounds, share.key_bounds)]
-    return varlen_attn(query, key.contiguous(), value.contiguous(), *edges, *longest, window_size=(-1, 0))
+    key, value = key.contiguous(), value.contiguous()
+    if fast.has_flash_attention():
+        return fast.flash_attention(query, key, value, *edges, *longest)
+    return varlen_attn(query, key, value, *edges, *longest, window_size=(-1, 0))

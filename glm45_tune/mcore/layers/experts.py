@@ -6,6 +6,7 @@ expert it went to. Sorted copies of the tokens are made again by index where LoR
 Shapes: T tokens, K experts a token, N = T · K rows sorted by expert; E experts of this rank; F their width.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,28 +18,29 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
+from glm45_tune.mcore.layers import fast
 from glm45_tune.mcore.layers.swiglu import swiglu_backward, swiglu_forward
 
 
 class Plan(NamedTuple):
     """Where rows go. token: int [N], the token of each sorted row. slot: int [N], its place in the flat [T · K] choices.
 
-    place: int [T, K], the sorted row of each choice. ends: int32 [E], where each expert's rows end.
+    place: int [T, K], the sorted row of each choice. edges: int32 [E + 1], where each expert's rows begin, and the end.
     """
 
     token: torch.Tensor
     slot: torch.Tensor
     place: torch.Tensor
-    ends: torch.Tensor
+    edges: torch.Tensor
 
 
 def plan_rows(experts: torch.Tensor, num_experts: int) -> Plan:
     """experts: int [T, K], the expert of each choice. No wait for the device."""
     chosen, slot = experts.flatten().to(torch.int32).sort(stable=True)
     place = torch.empty_like(slot).scatter_(0, slot, torch.arange(slot.numel(), device=slot.device))
-    every = torch.arange(num_experts, dtype=torch.int32, device=slot.device)
-    ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
-    return Plan(slot // experts.shape[1], slot, place.view_as(experts), ends)
+    every = torch.arange(num_experts + 1, dtype=torch.int32, device=slot.device)
+    edges = torch.searchsorted(chosen, every, out_int32=True)
+    return Plan(slot // experts.shape[1], slot, place.view_as(experts), edges)
 
 
 def _gather(x, index):
@@ -84,49 +86,49 @@ class SumRows(torch.autograd.Function):
 
 
 def _one_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether torch's grouped_mm takes them: bf16 on a GPU, rows of whole 16-byte words, something to do."""
+    """Whether a grouped kernel takes them: bf16 on a GPU, rows of whole 16-byte words, something to do."""
     sizes = (a.shape[1], *b.shape[1:])
     return a.is_cuda and a.dtype == torch.bfloat16 and a.shape[0] > 0 and all(size % 8 == 0 for size in sizes)
 
 
-def _rows_of_experts(x: torch.Tensor, ends: torch.Tensor) -> list[torch.Tensor]:
-    return [x[first:last] for first, last in zip([0, *ends.tolist()], ends.tolist())]
+def _rows_of_experts(x: torch.Tensor, edges: torch.Tensor) -> list[torch.Tensor]:
+    return [x[first:last] for first, last in pairwise(edges.tolist())]
 
 
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """x [N, A] sorted by expert, weight [E, A, B] → [N, B], each row times its expert's matrix."""
     if _one_kernel(x, weight):
-        return F.grouped_mm(x, weight, offs=ends)
-    return torch.cat([rows @ w for rows, w in zip(_rows_of_experts(x, ends), weight)])
+        return fast.grouped_mm(x, weight, edges)
+    return torch.cat([rows @ w for rows, w in zip(_rows_of_experts(x, edges), weight)])
 
 
-def grouped_outer(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_outer(x: torch.Tensor, y: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """x [N, A], y [N, B], both sorted by expert → [E, A, B], the sum over each expert's rows of xᵀ y."""
     if _one_kernel(x, y):
-        return F.grouped_mm(x.t(), y, offs=ends)
-    return torch.stack([a.t() @ b for a, b in zip(_rows_of_experts(x, ends), _rows_of_experts(y, ends))])
+        return F.grouped_mm(x.t(), y, offs=edges[1:])
+    return torch.stack([a.t() @ b for a, b in zip(_rows_of_experts(x, edges), _rows_of_experts(y, edges))])
 
 
-def _add_lora(output, x, lora_A, lora_B, scaling, dropout, ends):
+def _add_lora(output, x, lora_A, lora_B, scaling, dropout, edges):
     """Add the pair's product to output [N, B] in place. → what its gradient needs: the narrow product and the dropout's mask."""
     mask = None
     if dropout:
         with get_cuda_rng_tracker().fork():  # every rank drops its own rows
             x, mask = torch.native_dropout(x, dropout, True)
-    narrow = grouped_mm(x, lora_A.transpose(1, 2), ends)
-    output.add_(grouped_mm(narrow, lora_B.transpose(1, 2), ends), alpha=scaling)
+    narrow = grouped_mm(x, lora_A.transpose(1, 2), edges)
+    output.add_(grouped_mm(narrow, lora_B.transpose(1, 2), edges), alpha=scaling)
     return narrow, mask
 
 
-def _lora_backward(gradient, x, kept, lora_A, lora_B, scaling, dropout, ends):
+def _lora_backward(gradient, x, kept, lora_A, lora_B, scaling, dropout, edges):
     """gradient [N, B] of the linear's output, x [N, A] its input → gradients of x (to be added), lora_A and lora_B."""
     narrow, mask = kept
-    narrow_out = grouped_mm(gradient, lora_B, ends).mul_(scaling)
-    B_out = grouped_outer(gradient, narrow, ends).mul_(scaling)
-    x_out = grouped_mm(narrow_out, lora_A, ends)
+    narrow_out = grouped_mm(gradient, lora_B, edges).mul_(scaling)
+    B_out = grouped_outer(gradient, narrow, edges).mul_(scaling)
+    x_out = grouped_mm(narrow_out, lora_A, edges)
     if mask is not None:
         x, x_out = (torch.ops.aten.native_dropout_backward(t, mask, 1 / (1 - dropout)) for t in (x, x_out))
-    return x_out, grouped_outer(narrow_out, x, ends), B_out
+    return x_out, grouped_outer(narrow_out, x, edges), B_out
 
 
 class Experts(torch.autograd.Function):
@@ -145,15 +147,15 @@ class Experts(torch.autograd.Function):
         """
         rows = _gather(x, plan.token)
         weights = probs.flatten()[plan.slot]
-        gate_up = grouped_mm(rows, fc1.transpose(1, 2), plan.ends)
+        gate_up = grouped_mm(rows, fc1.transpose(1, 2), plan.edges)
         kept1 = kept2 = (None, None)
         if A1 is not None:
-            kept1 = _add_lora(gate_up, rows, A1, B1, *adapters[0], plan.ends)
+            kept1 = _add_lora(gate_up, rows, A1, B1, *adapters[0], plan.edges)
         del rows
         hidden = swiglu_forward(gate_up, weights)
-        output = grouped_mm(hidden, fc2.transpose(1, 2), plan.ends)
+        output = grouped_mm(hidden, fc2.transpose(1, 2), plan.edges)
         if A2 is not None:
-            kept2 = _add_lora(output, hidden, A2, B2, *adapters[1], plan.ends)
+            kept2 = _add_lora(output, hidden, A2, B2, *adapters[1], plan.edges)
         needs_x = A1 is not None or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if needs_x else None, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept1, *kept2)
         ctx.plan, ctx.adapters = plan, adapters
@@ -162,30 +164,30 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept = ctx.saved_tensors
-        plan, ends = ctx.plan, ctx.plan.ends
+        plan, edges = ctx.plan, ctx.plan.edges
         fc1_out = fc2_out = A1_out = B1_out = A2_out = B2_out = None
         shared_out = gradient if ctx.needs_input_grad[8] else None
         gradient = _gather(gradient, plan.token)
-        hidden_out = grouped_mm(gradient, fc2, ends)
+        hidden_out = grouped_mm(gradient, fc2, edges)
         needs_hidden = A2 is not None or ctx.needs_input_grad[3]
         if A2 is None:
             gate_up_out, weights_out, hidden = swiglu_backward(gate_up, weights, hidden_out, needs_hidden)
         else:
             hidden = swiglu_forward(gate_up, weights)
-            more, A2_out, B2_out = _lora_backward(gradient, hidden, kept[2:], A2, B2, *ctx.adapters[1], ends)
+            more, A2_out, B2_out = _lora_backward(gradient, hidden, kept[2:], A2, B2, *ctx.adapters[1], edges)
             gate_up_out, weights_out, _ = swiglu_backward(gate_up, weights, hidden_out.add_(more))
             del more
         if ctx.needs_input_grad[3]:
-            fc2_out = grouped_outer(gradient, hidden, ends)
+            fc2_out = grouped_outer(gradient, hidden, edges)
         del gradient, hidden, hidden_out
-        x_out = grouped_mm(gate_up_out, fc1, ends)
+        x_out = grouped_mm(gate_up_out, fc1, edges)
         if x is not None:
             rows = _gather(x, plan.token)
             if A1 is not None:
-                more, A1_out, B1_out = _lora_backward(gate_up_out, rows, kept[:2], A1, B1, *ctx.adapters[0], ends)
+                more, A1_out, B1_out = _lora_backward(gate_up_out, rows, kept[:2], A1, B1, *ctx.adapters[0], edges)
                 x_out.add_(more)
             if ctx.needs_input_grad[2]:
-                fc1_out = grouped_outer(gate_up_out, rows, ends)
+                fc1_out = grouped_outer(gate_up_out, rows, edges)
         x_out, probs_out = _sum(x_out, plan.place), weights_out[plan.place]
         return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None
 

@@ -91,7 +91,7 @@ class MoE(MoELayer):
         probs, experts = self.router(hidden, padding)
         x = hidden.flatten(0, 1)
         plan = plan_rows(experts, self.config.num_moe_experts)
-        counts = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
+        counts = plan.edges.diff()
         self.router.count(counts, experts, padding)
         if self.ep_group.size() == 1 and self.etp_group.size() == 1:
             shared = self.shared_experts.project(self.shared_experts.activate(hidden))
