@@ -12,6 +12,11 @@ CHARTS = (
     ("Loss", "", ("train/loss", "eval/loss", "train/mtp_loss")),
     ("Loss by channel", "", ("loss/",)),
     ("Reward", "", ("rl/reward_mean", "eval/reward_mean")),
+    ("Reward by part", "", ("rl/reward/", "eval/reward/")),
+    ("Answers", "tokens", ("rl/response_tokens_mean", "eval/response_tokens_mean")),
+    ("Divergence from the reference", "nats", ("rl/kl",)),
+    ("Trainer against engine", "nats a token", ("rl/logprob_gap_mean", "rl/sync_gap")),
+    ("Chosen over rejected", "", ("preference/margin", "preference/accuracy", "eval/margin", "eval/accuracy")),
     ("Gradient norm", "", ("train/grad_norm",)),
     ("Gradient norm by group", "", ("grad_norm/",)),
     ("Learning rate", "", ("train/learning_rate",)),
@@ -26,6 +31,8 @@ CHARTS = (
 )
 # a page stays light: of a longer run so many points are drawn, each the mean of its neighbours
 MAX_POINTS = 1000
+# of whose conversations a report of reinforcement learning shows some
+MAX_STEPS_SHOWN = 6
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -122,6 +129,9 @@ def _facts(rows: list[dict], facts: dict) -> str:
         "tokens/s, median": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
         "peak memory": f"{max(row.get('perf/peak_memory_gib', 0) for row in rows):.1f} GiB",
     }
+    rewards = [row["rl/reward_mean"] for row in rows if "rl/reward_mean" in row]
+    if rewards:
+        told["mean reward"] = f"{rewards[0]:.3f} → {rewards[-1]:.3f}"
     held_out = [row["eval/loss"] for row in rows if "eval/loss" in row]
     if held_out:
         told["best held-out loss"] = f"{min(held_out):.4f}"
@@ -130,12 +140,39 @@ def _facts(rows: list[dict], facts: dict) -> str:
 
 
 def _samples(path: Path) -> str:
+    lines = _lines(path)
+    if not lines:
+        return "<p class=none>This run kept no samples (logging.num_samples).</p>"
+    return _conversations(lines) if "reward" in lines[0] else _before_and_after(lines)
+
+
+def _conversations(lines: list[dict]) -> str:
+    """Of reinforcement learning: those of some steps, from the first to the last, each with what it was worth."""
+    steps = sorted({line["step"] for line in lines})
+    count = min(len(steps), MAX_STEPS_SHOWN)
+    shown = {steps[round(number * (len(steps) - 1) / max(count - 1, 1))] for number in range(count)}
+    rows = []
+    for line in lines:
+        if line["step"] in shown:
+            reward = "none" if line["reward"] is None else f"{line['reward']:.3g}"
+            cells = [
+                str(line["step"]),
+                line["prompt"],
+                line["completion"],
+                reward,
+                f"{line['advantage']:+.2f}",
+                line["finish"],
+            ]
+            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "<tr><th>step</th><th>prompt</th><th>answer</th><th>reward</th><th>advantage</th><th>ended by</th></tr>"
+    return f"<table class=samples>{head}{''.join(rows)}</table>"
+
+
+def _before_and_after(lines: list[dict]) -> str:
     """Of each prompt its first and its last answer, side by side."""
     by_prompt: dict[str, list[dict]] = {}
-    for line in _lines(path):
+    for line in lines:
         by_prompt.setdefault(line["prompt"], []).append(line)
-    if not by_prompt:
-        return "<p class=none>This run kept no samples (logging.num_samples).</p>"
     rows = []
     for prompt, answers in by_prompt.items():
         cells = [
@@ -150,4 +187,4 @@ def _samples(path: Path) -> str:
 
 
 def _answer(line: dict) -> str:
-    return f"step {line['step']}: {line.get('text', line.get('completion', ''))}"
+    return f"step {line['step']}: {line['text']}"

@@ -81,6 +81,10 @@ class Ahead:
         self.is_writing = False
         return answers, metrics
 
+    def settle(self) -> None:
+        """Wait until all that was begun is written; a step still takes it as before."""
+        on_first(lambda: self._order.result() and None)
+
     def close(self) -> None:
         """Break off what is being written, and wait for that, but not for a server that hangs."""
         self._is_closed = True

@@ -34,7 +34,10 @@ class Method(Protocol):
         """Optimizer step number `step`, from 0. Returns its metrics: at least those of `sft.common_metrics`, and `train/tokens`."""
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of what is held out; nothing when nothing is. The best checkpoint is the one with the lowest `eval/loss`."""
+        """Metrics of what is held out; nothing when nothing is. The best checkpoint has the lowest `eval/loss`, or where there
+
+        is none the highest `eval/reward_mean`.
+        """
 
     @property
     def state(self) -> dict:
@@ -101,7 +104,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
                 line.show(step, values)
             watchdog.enter("agreeing whether to save")
             must_stop, is_time = interruption.agree(saver.wants_time())
-            if is_last or must_stop or is_time or saver.is_due(step, values.get("eval/loss")):
+            if is_last or must_stop or is_time or saver.is_due(step, _held_out_loss(values)):
                 watchdog.enter("copying what is saved")
                 saver.save(_facts(step, values, method, nonfinite))
         watchdog.enter("writing the last checkpoint")
@@ -128,8 +131,14 @@ def _resume(saver: Saver, method: Method) -> tuple[int, int]:
 
 
 def _facts(step: int, values: dict[str, float], method: Method, nonfinite: NonFinite) -> dict:
-    evaluated = {"eval_loss": values["eval/loss"]} if "eval/loss" in values else {}
+    loss = _held_out_loss(values)
+    evaluated = {} if loss is None else {"eval_loss": loss}
     return {"step": step, "skipped_steps": nonfinite.count, **evaluated, **method.state}
+
+
+def _held_out_loss(values: dict[str, float]) -> float | None:
+    """What the best checkpoint has least of, where this step was evaluated."""
+    return values.get("eval/loss", -values["eval/reward_mean"] if "eval/reward_mean" in values else None)
 
 
 def _step(job: Job, method: Method, step: int) -> dict[str, float]:

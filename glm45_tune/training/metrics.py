@@ -136,7 +136,8 @@ class LiveLine:
             self._task = self._bar.add_task("train", total=num_steps, completed=first_step, text="")
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        text = f"loss {values['train/loss']:.4f}  {values['perf/tokens_per_second']:,.0f} tokens/s  "
+        text = f"reward {values['rl/reward_mean']:.3f}  " if "rl/reward_mean" in values else ""
+        text += f"loss {values['train/loss']:.4f}  {values['perf/tokens_per_second']:,.0f} tokens/s  "
         text += f"MFU {values['perf/mfu']:.1%}  " if "perf/mfu" in values else ""
         text += f"{values['perf/peak_memory_gib']:.1f} GiB"
         if self._bar:

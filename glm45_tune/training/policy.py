@@ -84,7 +84,14 @@ class PolicyGradient:
         return time.perf_counter() - started
 
     def evaluate(self) -> dict[str, float]:
-        return {}
+        """Rewards of the held-out prompts' answers. What is written ahead is written to its end first, and these then by the same weights."""
+        if not len(self._job.held_out.samples):
+            return {}
+        if self._ahead and self._ahead.is_writing:
+            self._ahead.settle()
+        else:
+            self._synchronise()
+        return self._roller.evaluate(self._job.held_out.samples)
 
     @property
     def state(self) -> dict:
@@ -243,7 +250,7 @@ class PolicyGradient:
         if torch.distributed.get_rank() == 0:
             decode = self._job.tokenizer.decode
             with open(self._job.run / SAMPLES_FILE, "a", encoding="utf-8") as file:
-                for answer in answers[:SAMPLES_A_STEP]:
+                for answer in answers[:: math.ceil(len(answers) / SAMPLES_A_STEP) or 1]:
                     prompt = decode(answer.sample.input_ids, skip_special_tokens=False)
                     file.write(as_line(step + 1, answer, self._roller.text(answer, whole=True), prompt))
 

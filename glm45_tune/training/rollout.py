@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,7 +111,7 @@ class Roller:
         self.prompts = Prompts(job)
         self._workers = [Worker(reward, self._rl.reward_timeout_seconds) for reward in self._rl.rewards]
         self._tools = _function(self._rl.tools) if self._rl.tools else None
-        for sample in job.train.samples:
+        for sample in [*job.train.samples, *job.held_out.samples]:
             if len(sample.input_ids) >= job.recipe.data.seq_length:
                 raise DataError(
                     f"{sample.source}:{sample.line}: a prompt of {len(sample.input_ids)} tokens leaves no room for an answer in "
@@ -127,7 +128,7 @@ class Roller:
             if not missing:
                 break
             number = seed_of(self._job, step, attempt)
-            answers = written if written and not attempt else self._ask(self.prompts.take(missing), number)
+            answers = written if written and not attempt else self._ask(self.prompts.take(missing), number, rl.group_size)
             self._judge(answers, counts, parts)
             equal = equal_groups(np.array([a.reward for a in answers]), np.array([a.group for a in answers]))
             counts["equal"] += int(equal.sum())
@@ -140,13 +141,22 @@ class Roller:
             answer.advantage = float(value)
         return Rollout(kept, self._metrics(seen, kept, counts, parts))
 
-    def _ask(self, samples: list[Sample], seed: int) -> list[Answer]:
+    def evaluate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """What one answer to each of these prompts is worth; the same draw every time."""
+        counts, parts = Counter(), {}
+        answers = self._ask(samples, seed_of(self._job, 0, 0) - 1, 1)
+        self._judge(answers, counts, parts)
+        values = self._metrics(answers, answers, counts, parts)
+        kept = ("reward_mean", "reward/", "reward_errors/", "without_reward", "response_tokens_mean", "truncated_share")
+        return {f"eval/{name[3:]}": value for name, value in values.items() if name[3:].startswith(kept)}
+
+    def _ask(self, samples: Sequence[Sample], seed: int, group_size: int) -> list[Answer]:
         """A group of answers to each prompt, turn by turn."""
         rl, limit = self._rl, self._job.recipe.data.seq_length
         answers = [
             Answer(sample, group, sample.input_ids.tolist())
             for group, sample in enumerate(samples)
-            for _ in range(rl.group_size)
+            for _ in range(group_size)
         ]
         under_way = answers
         for turn in range(rl.max_turns):

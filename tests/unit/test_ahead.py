@@ -181,11 +181,12 @@ def prompts(tmp_path_factory):
 def make(checkpoints, prompts, make_recipe, tmp_path, backend):
     """A checked job of two prompts a step whose answers a server of ours writes; see test_servers.py."""
 
-    def job(dialect="sglang", steps=3, save=None, **rl):
+    def job(dialect="sglang", steps=3, save=None, held_out=None, **rl):
         command = [sys.executable, str(FAKE), backend.url, dialect, "{model}", "{port}", str(tmp_path / "orders")]
         recipe = make_recipe(checkpoints["air-no-mtp"], prompts, tmp_path / "run")
         recipe["train"] = {"steps": steps, "global_batch_size": 2, "save_interval": save}
-        recipe["data"] |= {"format": "rl"}
+        recipe["data"] |= {"format": "rl", "eval": held_out}
+        recipe["train"] |= {"eval_interval": held_out and 1}
         recipe["optimizer"] |= {"lr": 3e-3, "min_lr": 3e-3}
         recipe["lora"] = {"r": 4, "target_modules": "all-linear"}
         served = {"kind": dialect, "command": command, "timeout_seconds": 120, "start_seconds": 120}
@@ -223,6 +224,17 @@ def test_a_step_trains_on_what_was_written_during_the_last_one_and_a_killed_run_
         facts = json.loads((job.run / "checkpoints" / "step_000002" / "complete.json").read_text())
         assert facts["prompts_taken"] == 6 and facts["prompts_again"] == [4, 5]
         (job.run / "checkpoints" / "step_000003" / "complete.json").unlink()
+
+
+def test_what_is_held_out_is_asked_between_what_is_written_ahead(make, prompts):
+    """By the weights that write for the next step, after the last step by the last ones; the steps are those of a run without."""
+    loop.run(make(held_out=str(prompts), steps=3))
+    job = make(held_out=str(prompts), steps=3)
+    steps = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["rl/staleness_max"] for step in steps] == [0, 1, 1]
+    assert all(step["eval/without_reward"] == 0 and step["rl/ratio_max"] == 1 for step in steps)
+    samples = [json.loads(line) for line in (job.run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["version"] for sample in samples] == [0] * 8 + [1] * 4
 
 
 def test_a_server_goes_on_with_new_weights_where_it_was_broken_off(make, tmp_path):

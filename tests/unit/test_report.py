@@ -94,6 +94,21 @@ def test_a_browser_draws_every_curve_and_tells_what_is_under_the_mouse(run, tmp_
     assert layers.startswith("layer 6, step ") and layers.endswith("1.6 × the mean")
 
 
+def test_conversations_of_reinforcement_learning_stand_with_their_rewards(run):
+    """Those of six steps of a long run, from the first to the last; an answer without a reward says so."""
+    directory, _ = run
+    lines = []
+    for step in range(1, 41):
+        line = {"step": step, "prompt": f"问 {step}<i>", "completion": f"答 {step}", "reward": step / 40, "advantage": -0.5}
+        lines.append(json.dumps(line | {"reward": None if step == 40 else step / 40, "finish": "stop", "version": step}))
+    (directory / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    text = page.write(directory).read_text(encoding="utf-8")
+    shown = re.findall(
+        r"<td>(\d+)</td><td>问 (\d+)&lt;i&gt;</td><td>答 (\d+)</td><td>([^<]+)</td><td>-0.50</td><td>stop", text
+    )
+    assert len(shown) == 6 and shown[0] == ("1", "1", "1", "0.025") and shown[-1] == ("40", "40", "40", "none")
+
+
 def test_what_is_no_run_is_said(tmp_path, cli):
     code, _, err = cli("report", tmp_path)
     assert code == 2 and "no metrics.jsonl here" in err

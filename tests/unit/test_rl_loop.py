@@ -157,6 +157,28 @@ def test_a_run_stopped_and_started_again_has_the_same_prompts_left(make):
     assert [sample["step"] for sample in samples] == [step for step in range(1, 7) for _ in range(4)]
 
 
+def test_held_out_prompts_are_answered_and_training_does_not_notice(make, place):
+    """The same draw at each evaluation: with a learning rate of next to nothing the same reward. The best checkpoint is the dearest."""
+    (place / "held_out.jsonl").write_text('{"prompt": "多少？", "number": 1}\n{"prompt": "Why?", "number": 2}\n')
+    still = {"lr": 1e-12, "min_lr": 1e-12}
+    plain = run(make("plain", train={"steps": 3}))
+    held_out = {
+        "train": {"steps": 3, "eval_interval": 1, "save_best": True},
+        "data": {"eval": str(place / "held_out.jsonl")},
+    }
+    job = make("held out", **held_out)
+    steps = run(job)
+    for a, b in zip(plain, steps, strict=True):
+        assert all(a[name] == b[name] for name in ("rl/reward_mean", "train/loss", "train/grad_norm"))
+    worth = [step["eval/reward_mean"] for step in steps]
+    assert all(0 < value < 1 for value in worth) and [step["eval/reward/loop_rewards:evens"] for step in steps] == worth
+    assert all(0 < step["eval/response_tokens_mean"] <= 12 and step["eval/without_reward"] == 0 for step in steps)
+    saved = {path.name for path in (job.run / "checkpoints").iterdir()}
+    assert f"step_{1 + worth.index(max(worth)):06d}" in saved
+    first, *others = [step["eval/reward_mean"] for step in run(make("still", optimizer=still, **held_out))]
+    assert others == [first, first]
+
+
 def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stops(make, capsys):
     sections = {"rl": {"rewards": [{"function": "loop_rewards:sometimes"}], "group_size": 8}, "train": {"steps": 1}}
     (step,) = run(make(**sections))
