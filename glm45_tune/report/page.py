@@ -55,6 +55,7 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
     parts = {
         "TITLE": html.escape(run.resolve().name),
         "FACTS": _facts(rows, facts),
+        "EVALUATION": _evaluation(run / "eval.json"),
         "SAMPLES": _samples(run / "samples.jsonl"),
         "RECIPE": html.escape((run / "recipe.yaml").read_text(encoding="utf-8")),
         "VERSIONS": html.escape(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())),
@@ -139,6 +140,21 @@ def _facts(rows: list[dict], facts: dict) -> str:
     return "\n".join(tiles)
 
 
+def _evaluation(path: Path) -> str:
+    """What `glm45-tune eval RUN` found, base and tuned under each other."""
+    if not path.is_file():
+        return "<p class=none>Not evaluated: glm45-tune eval RUN --data FILE.</p>"
+    rows = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        mode = {None: "", True: ", thinking on", False: ", thinking off"}[entry["think"]]
+        for which in ("base", "tuned"):
+            score = entry[which]
+            calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%}"
+            shares = [f"{score['exact']:.0%}", f"{score['non_thinking']:.0%}", calls, f"{score['perplexity']:.4g}"]
+            rows.append([f"{entry['data']}{mode}", str(score["num_questions"]), f"{which}, step {entry['step']}", *shares])
+    return _html_table(["data", "questions", "model", "exact", "non-thinking", "calls valid", "perplexity"], rows)
+
+
 def _samples(path: Path) -> str:
     lines = _lines(path)
     if not lines:
@@ -163,9 +179,8 @@ def _conversations(lines: list[dict]) -> str:
                 f"{line['advantage']:+.2f}",
                 line["finish"],
             ]
-            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th>step</th><th>prompt</th><th>answer</th><th>reward</th><th>advantage</th><th>ended by</th></tr>"
-    return f"<table class=samples>{head}{''.join(rows)}</table>"
+            rows.append(cells)
+    return _html_table(["step", "prompt", "answer", "reward", "advantage", "ended by"], rows)
 
 
 def _before_and_after(lines: list[dict]) -> str:
@@ -181,9 +196,14 @@ def _before_and_after(lines: list[dict]) -> str:
             _answer(answers[0]),
             _answer(answers[-1]) if len(answers) > 1 else "",
         ]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th>prompt</th><th>in the data</th><th>before</th><th>after</th></tr>"
-    return f"<table class=samples>{head}{''.join(rows)}</table>"
+        rows.append(cells)
+    return _html_table(["prompt", "in the data", "before", "after"], rows)
+
+
+def _html_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in rows]
+    lines.insert(0, "".join(f"<th>{html.escape(name)}</th>" for name in head))
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def _answer(line: dict) -> str:

@@ -109,6 +109,19 @@ def test_conversations_of_reinforcement_learning_stand_with_their_rewards(run):
     assert len(shown) == 6 and shown[0] == ("1", "1", "1", "0.025") and shown[-1] == ("40", "40", "40", "none")
 
 
+def test_evaluations_stand_base_beside_tuned(run):
+    directory, _ = run
+    assert "Not evaluated" in page.write(directory).read_text(encoding="utf-8")
+    score = {"num_questions": 102, "exact": 0.25, "non_thinking": 0.0, "valid_calls": None, "perplexity": 12.345, "rows": []}
+    entry = {"data": "<b>.jsonl", "sha256": "0", "step": 60, "think": False, "base": score}
+    entry["tuned"] = score | {"exact": 0.98, "valid_calls": 0.5}
+    (directory / "eval.json").write_text(json.dumps([entry]))
+    text = page.write(directory).read_text(encoding="utf-8")
+    front = "<td>&lt;b&gt;.jsonl, thinking off</td><td>102</td>"
+    assert f"{front}<td>base, step 60</td><td>25%</td><td>0%</td><td></td><td>12.35</td>" in text
+    assert f"{front}<td>tuned, step 60</td><td>98%</td><td>0%</td><td>50%</td><td>12.35</td>" in text
+
+
 def test_what_is_no_run_is_said(tmp_path, cli):
     code, _, err = cli("report", tmp_path)
     assert code == 2 and "no metrics.jsonl here" in err
