@@ -1,7 +1,9 @@
 """HF → megatron → HF: every byte of every tensor; and every way a checkpoint can be wrong has a name."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glm45_tune.conversion import blocks, hf_files, mcore_files, tensors, torch_dist
+from glm45_tune.conversion import blocks, hf_files, mcore_files, tensors, torch_dist, verify, write
 from glm45_tune.conversion.hf_files import INDEX, HfDir, plan_hf
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import Row, rows
@@ -131,6 +133,33 @@ def test_memory_holds_a_piece_however_large_a_tensor_is(checkpoints, tmp_path, m
     assert largest[0] <= max(128 * source.read(name, 0, 1).nbytes for name in source.names)
     assert len(McoreDir(tmp_path / "mcore").tensors["embedding.word_embeddings.weight"].chunks) > 1
     assert not compare(source, HfDir(tmp_path / "hf")).differences
+
+
+def test_what_outgrows_memory_leaves_the_page_cache_and_is_the_same(checkpoints, tmp_path, monkeypatch):
+    """Every file of source and result is dropped, to its end; the bytes are those of a small model that stays."""
+    for name, to in (("small-mcore", "mcore"), ("small-hf", "hf")):
+        convert(checkpoints["air"] if to == "mcore" else tmp_path / "small-mcore", tmp_path / name, to)
+    dropped, real = {}, os.posix_fadvise
+
+    def noted(descriptor, start, count, advice):
+        if advice == os.POSIX_FADV_DONTNEED:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}").replace(".partial", ""))
+            dropped[path] = max(dropped.get(path, 0), start + count)
+        real(descriptor, start, count, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    for module in (write, verify):
+        monkeypatch.setattr(module, "outgrows_memory", lambda nbytes: True)
+    convert(checkpoints["air"], tmp_path / "mcore", "mcore")
+    convert(tmp_path / "mcore", tmp_path / "hf", "hf")
+    for kind in ("mcore", "hf"):
+        for path in (tmp_path / kind).iterdir():
+            if path.name == "glm45_tune.json":
+                continue  # names the source
+            assert path.read_bytes() == (tmp_path / f"small-{kind}" / path.name).read_bytes()
+    weights = [*(tmp_path / "mcore").glob("*.distcp"), *(tmp_path / "hf").glob("*.safetensors")]
+    weights += checkpoints["air"].glob("*.safetensors")
+    assert weights and all(dropped[path] > path.stat().st_size - 4096 for path in weights)
 
 
 def test_slices_are_the_merged_tensors_slices(checkpoints):
