@@ -18,14 +18,9 @@ from glm45_tune.errors import CheckpointError
 _passing: ContextVar[bool] = ContextVar("passing", default=False)
 
 
-def outgrows_memory(nbytes: int) -> bool:
-    """So much will not be in the page cache any more when it is wanted again: it is over half of the machine's memory."""
-    return 2 * nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 @contextlib.contextmanager
-def passing(is_passing: bool) -> Iterator[None]:
-    """What this thread reads in here leaves the page cache at once, where said so: the next bytes come into the same memory.
+def passing(is_passing: bool = True) -> Iterator[None]:
+    """What this thread reads in here leaves the page cache at once: the next bytes come into the same memory.
 
     Pages that nobody will read again evict everybody else's; and in a virtual machine the first touch of a page is a fault of
     the host, which costs more than reading it from the disk.

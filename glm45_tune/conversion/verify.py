@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from glm45_tune.conversion.blocks import outgrows_memory, passing
+from glm45_tune.conversion.blocks import passing
 from glm45_tune.conversion.hf_files import AsStored, HfDir
 from glm45_tune.conversion.outdir import MARKER, file_hash, read_marker
 from glm45_tune.conversion.plan import grouped
@@ -81,15 +81,14 @@ def compare(a: HfReader, b: HfReader, tick: Tick = lambda size: None, workers: i
     report.bytes = sum(nbytes(a, name) for name in a.names)
     found = {name: f"only in {reader.path}" for names, reader in ((in_a - in_b, a), (in_b - in_a, b)) for name in names}
     common = {name: nbytes(a, name) for name in a.names if name in in_b}
-    tasks, passes = list(grouped(common, _TASK_BYTES)), outgrows_memory(2 * report.bytes)
-    each(_differences, (a, b, passes), tasks, workers, tick, lambda task, result: found.update(result))
+    each(_differences, (a, b), list(grouped(common, _TASK_BYTES)), workers, tick, lambda task, result: found.update(result))
     order = {name: number for number, name in enumerate([*a.names, *sorted(in_b - in_a)])}
     report.differences += [{"name": name, "what": found[name]} for name in sorted(found, key=order.__getitem__)]
     return report
 
 
-def _differences(a: HfReader, b: HfReader, passes: bool, names: list[str], tick: Tick) -> dict[str, str]:
-    with passing(passes):
+def _differences(a: HfReader, b: HfReader, names: list[str], tick: Tick) -> dict[str, str]:
+    with passing():
         found = {name: _difference(a, b, name, tick) for name in names}
     return {name: what for name, what in found.items() if what}
 

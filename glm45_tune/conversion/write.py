@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from glm45_tune.conversion.blocks import bytes_of, outgrows_memory, passing
+from glm45_tune.conversion.blocks import bytes_of, passing
 from glm45_tune.conversion.outdir import Staging, cannot_write, file_hash
 from glm45_tune.conversion.plan import Piece, PlannedFile
 from glm45_tune.conversion.tensors import HfReader
@@ -20,16 +20,21 @@ _WRITTEN_BEHIND = 2**28  # bytes of a file that the disk may still be writing
 
 
 def write_files(
-    staging: Staging, source: HfReader, files: list[PlannedFile], workers: int, allow_nonfinite: bool, tick: Tick
+    staging: Staging,
+    source: HfReader,
+    files: list[PlannedFile],
+    workers: int,
+    allow_nonfinite: bool,
+    tick: Tick,
+    kept: bool = False,
 ) -> None:
-    """Write what is planned and not yet there. `tick` hears the bytes, also of what is found whole.
+    """Write what is planned and not yet there. `tick` hears the bytes, also of what is found whole. kept: as in `write_file`.
 
     Raises CheckpointError for NaN or Inf unless allowed, UserError when the disk is full: before the first byte where that can
     be known. Files that are whole stay for the next start.
     """
     _check_room(staging, files)
-    passes = outgrows_memory(2 * sum(file.size for file in files))  # as much is read
-    target = _Target(staging.path, staging.files, allow_nonfinite, passes)
+    target = _Target(staging.path, staging.files, allow_nonfinite, kept)
     each(_write_or_keep, (target, source), files, workers, tick, lambda file, entry: staging.record(file.name, entry))
 
 
@@ -49,8 +54,8 @@ def _gib(size: int) -> str:
 class _Target:
     """What a worker knows of the directory that is written."""
 
-    def __init__(self, path: Path, files: dict[str, dict], allow_nonfinite: bool, passes: bool):
-        self.path, self.files, self.allow_nonfinite, self.passes = path, dict(files), allow_nonfinite, passes
+    def __init__(self, path: Path, files: dict[str, dict], allow_nonfinite: bool, kept: bool):
+        self.path, self.files, self.allow_nonfinite, self.kept = path, dict(files), allow_nonfinite, kept
 
 
 def _write_or_keep(target: _Target, source: HfReader, file: PlannedFile, tick: Tick) -> dict:
@@ -61,7 +66,7 @@ def _write_or_keep(target: _Target, source: HfReader, file: PlannedFile, tick: T
         if file_hash(path, tick) == known["sha256"]:
             return known
     try:
-        digest, nonfinite = write_file(path, source, file, tick, target.passes)
+        digest, nonfinite = write_file(path, source, file, tick, target.kept)
     except OSError as error:
         raise cannot_write(path, error) from error
     if nonfinite and not target.allow_nonfinite:
@@ -74,14 +79,15 @@ def _write_or_keep(target: _Target, source: HfReader, file: PlannedFile, tick: T
 
 
 def write_file(
-    path: Path, source: HfReader, file: PlannedFile, tick: Tick = lambda size: None, passes: bool = False
+    path: Path, source: HfReader, file: PlannedFile, tick: Tick = lambda size: None, kept: bool = False
 ) -> tuple[str, list[str]]:
     """Write one planned file. Returns its sha256 and the names of the tensors in it that hold NaN or Inf.
 
-    While a piece is hashed and written the next is read, each in a thread. passes: nothing of it stays in the page cache.
+    While a piece is hashed and written the next is read, each in a thread. kept: it stays in the page cache, for
+    somebody who reads it at once; otherwise neither it nor what it is made from does.
     """
     digest, nonfinite, written = hashlib.sha256(), {}, 0
-    data_of_parts = _read(source, file, nonfinite, passes)
+    data_of_parts = _read(source, file, nonfinite, kept)
     path.unlink(missing_ok=True)  # whoever still writes to it, orphaned, writes to no file of this name
     with ThreadPoolExecutor(2) as threads, open(path, "wb", buffering=2**20) as output:
         ahead = threads.submit(next, data_of_parts, None)
@@ -90,7 +96,7 @@ def write_file(
             hashed = threads.submit(digest.update, data)
             output.write(data)
             written += len(data)
-            if passes and isinstance(data, memoryview):  # the disk begins with what is new, and what it has is dropped
+            if not kept and isinstance(data, memoryview):  # the disk begins with what is new, and what it has is dropped
                 behind = max(written - _WRITTEN_BEHIND, 0)
                 os.posix_fadvise(output.fileno(), behind, written - behind, os.POSIX_FADV_DONTNEED)
             hashed.result()
@@ -99,13 +105,13 @@ def write_file(
     return digest.hexdigest(), list(nonfinite)
 
 
-def _read(source: HfReader, file: PlannedFile, nonfinite: dict[str, bool], passes: bool) -> Iterator[bytes | memoryview]:
+def _read(source: HfReader, file: PlannedFile, nonfinite: dict[str, bool], kept: bool) -> Iterator[bytes | memoryview]:
     """The bytes of a file's parts; tensors that are not finite are noted."""
     for part in file.parts:
         if not isinstance(part, Piece):
             yield part
             continue
-        with passing(passes):
+        with passing(not kept):
             tensor = source.read(part.name, part.first, part.last)
         if not _is_finite(tensor):
             nonfinite[part.name] = True
