@@ -60,15 +60,30 @@ def anonymous(pid: str = "self") -> float:
 
 
 class Peak:
-    """Largest anonymous memory of this process and of one of its workers, looked at five times a second, above `start`."""
+    """Largest anonymous memory of this process and of one of its workers, looked at five times a second, above `start`.
+
+    It and the rows so far are printed every ten seconds, so that a long measurement that is broken off has said something.
+    """
 
     def __init__(self):
-        self.start, self.own, self.worker, self._ended = anonymous(), 0.0, 0.0, False
+        self.start, self.own, self.worker, self.rows, self._ended = anonymous(), 0.0, 0.0, 0, False
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    def counted(self, rows):
+        """The same rows, counted as they are taken."""
+        for row in rows:
+            self.rows += 1
+            yield row
+
     def _watch(self) -> None:
+        begun = said = time.monotonic()
         while not self._ended:
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(
+                    f"  {said - begun:.0f} s: {self.rows:,} rows, {self.own:.0f} MiB, a worker {self.worker:.0f}", flush=True
+                )
             self.own = max(self.own, anonymous() - self.start)
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
                 with contextlib.suppress(OSError, StopIteration):  # it has just ended
@@ -83,27 +98,30 @@ class Peak:
 
 def memory(count: int, holder: Path, tokenizer) -> None:
     """Build the cache of `count` short rows, then pack and read all of it as training does."""
+    from glm45_tune.data import sources
     from glm45_tune.data.packing import pack
-    from glm45_tune.data.sources import load_data
     from glm45_tune.data.stream import Stream
     from glm45_tune.recipe import DataConfig
 
     path = holder / "rows.jsonl"
     write_rows(path, count, 4)
-    peak = Peak()
-    (corpus, _), seconds = timed(lambda: load_data(DataConfig(train=str(path), eval_ratio=0.01), tokenizer))
+    peak, read_source = Peak(), sources.read_source
+    sources.read_source = lambda *where: peak.counted(read_source(*where))
+    (corpus, _), seconds = timed(lambda: sources.load_data(DataConfig(train=str(path), eval_ratio=0.01), tokenizer))
     own, worker = peak.end()
+    sources.read_source = read_source
     print(
         f"{count:,} rows built in {seconds:.0f} s: peak {own:.0f} MiB above the {peak.start:.0f} before, a worker {worker:.0f} MiB"
     )
     peak = Peak()
     rows = pack(corpus.lengths, 8192)
-    tokens = sum(len(corpus.samples[index].input_ids) for row in rows for index in row)
+    tokens = sum(len(corpus.samples[index].input_ids) for index in peak.counted(index for row in rows for index in row))
     print(f"packed and read {tokens:,} tokens: peak {peak.end()[0]:.0f} MiB above the {peak.start:.0f} before")
     stream = Stream(DataConfig(train=str(path), streaming=True), tokenizer, 0)
     peak = Peak()
     while stream.seen.num_rows < min(count, 50_000):
         stream.rows(16)
+        peak.rows = stream.seen.num_rows
     stream.close()
     print(f"streamed {stream.seen.num_rows:,} rows: peak {peak.end()[0]:.0f} MiB above the {peak.start:.0f} before")
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from glm45_tune.conversion.adapter import Merged
+from glm45_tune.conversion.blocks import passing
 from glm45_tune.conversion.check import check_tensors
 from glm45_tune.conversion.fp8 import Quantized
 from glm45_tune.conversion.hf_files import INDEX, AsStored, HfDir, plan_hf, plan_side_files
@@ -98,13 +99,15 @@ def to_hf(
     beside: Beside = nothing,
     workers: int | None = None,
     allow_nonfinite: bool = False,
+    kept: bool = False,
     **facts: object,
 ) -> None:
     """Write `source` as an HF directory: sharded safetensors, index, config, tokenizer and template as they were.
 
     verify: read what was written and compare every byte. tick: hears bytes written, and once more those verified. beside: adds
-    files to the directory. facts: what its marker says instead of the source's path. workers: processes that share the work, None: as many as it is worth. What was cut off goes on
-    with the files that were whole. Raises CheckpointError on tensors that are not this model's, or not finite unless
+    files to the directory. facts: what its marker says instead of the source's path. workers: processes that share the work, None:
+    as many as it is worth. kept: leave it in the page cache, for somebody who reads it at once. What was cut off goes on with the
+    files that were whole. Raises CheckpointError on tensors that are not this model's, or not finite unless
     allow_nonfinite; VerificationError when what was written differs from the source.
     """
     check_tensors(source.base if isinstance(source, Quantized) else source)
@@ -112,13 +115,14 @@ def to_hf(
     with resumable(output, kind, source.path, job=source.stamp(), **facts) as staging:
         workers = workers or default_workers(total_bytes(source))
         files = plan_hf(source, max_shard_bytes) + plan_side_files(source)
-        write_files(staging, source, files, workers, allow_nonfinite, tick)
+        write_files(staging, source, files, workers, allow_nonfinite, tick, kept)
         beside(staging.path)
         if verify:
             written = HfDir(staging.path)
             _verify(source, AsStored(written) if isinstance(source, Quantized) else written, workers, tick)
 
 
+@passing()
 def _check_copies(source: HfReader) -> None:
     for copy, original in mtp_copies(source.spec).items():
         for first, last in pieces(source, copy):

@@ -12,7 +12,9 @@ from glm45_tune.conversion.names import Row
 from glm45_tune.spec import ModelSpec
 
 ALL = slice(None)
-PIECE_BYTES = 2**25  # tensors are read and written in pieces of at most this size
+# tensors are read and written in pieces of at most this size; malloc gives memory of 32 MiB and more back to the system each
+# time, and to touch it anew costs as much as to read it
+PIECE_BYTES = 2**24
 
 
 class HfReader(Protocol):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from glm45_tune.conversion.blocks import passing
 from glm45_tune.conversion.hf_files import AsStored, HfDir
 from glm45_tune.conversion.outdir import MARKER, file_hash, read_marker
 from glm45_tune.conversion.plan import grouped
@@ -87,11 +88,9 @@ def compare(a: HfReader, b: HfReader, tick: Tick = lambda size: None, workers: i
 
 
 def _differences(a: HfReader, b: HfReader, names: list[str], tick: Tick) -> dict[str, str]:
-    found = {}
-    for name in names:
-        if what := _difference(a, b, name, tick):
-            found[name] = what
-    return found
+    with passing():
+        found = {name: _difference(a, b, name, tick) for name in names}
+    return {name: what for name, what in found.items() if what}
 
 
 def _difference(a: HfReader, b: HfReader, name: str, tick: Tick) -> str | None:

@@ -53,7 +53,7 @@ def evaluate_run(
             model.merge_adapter()
         else:
             del model  # one of them fits
-            to_hf(Trained(base, McoreDir(checkpoint)), Path(holder) / "tuned", verify=False)
+            to_hf(Trained(base, McoreDir(checkpoint)), Path(holder) / "tuned", verify=False, kept=True)
             model = ChatModel(Path(holder) / "tuned", device_map=device_map)
         scores["tuned"] = ask(model)
     _keep(run, step_of(checkpoint), think, scores)
@@ -68,7 +68,7 @@ def _directory(base: HfReader, elsewhere: Path) -> Path:
     source = Path(json.loads(marker.read_text(encoding="utf-8")).get("source", "")) if marker.is_file() else Path()
     if (source / "config.json").is_file() and fingerprint(base) == fingerprint(HfDir(source)):
         return source
-    to_hf(base, elsewhere, verify=False)
+    to_hf(base, elsewhere, verify=False, kept=True)
     return elsewhere
 
 

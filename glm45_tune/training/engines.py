@@ -125,13 +125,13 @@ class ServedEngine:
         recipe, source = self._job.recipe, self._job.source
         base = InFp32(source) if recipe.model.params_dtype == "fp32" else source  # served as it is trained
         if recipe.lora is None:
-            to_hf(LiveModel(base, live), directory, verify=False, workers=1)
+            to_hf(LiveModel(base, live), directory, verify=False, workers=1, kept=True)
         elif self._config.sync == "lora":
             write_peft_of(live, recipe.lora, source, directory)
         else:
             with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
                 write_peft_of(live, recipe.lora, source, Path(holder) / "adapter")
-                to_hf(Merged(base, Path(holder) / "adapter"), directory, verify=False)
+                to_hf(Merged(base, Path(holder) / "adapter"), directory, verify=False, kept=True)
 
     def _give(self, directory: Path, version: int, anew: bool) -> None:
         """Give the servers the weights; anew: by starting the server of ours again."""
