@@ -1,6 +1,6 @@
-"""Conversion against `cp -r`, verify against `cmp`, and memory of a worker, on a checkpoint of GLM-4.5-Air's tensor sizes.
+"""Conversion and export against `cp -r`, verify against `cmp`, and memory of a worker, on a checkpoint of GLM-4.5-Air's tensor sizes.
 
-    python scripts/bench_convert.py --directory /disk/scratch [--moe-layers 2] [--experts 128] [--workers 2] [--memory]
+    python scripts/bench_convert.py --directory /disk/scratch [--moe-layers 2] [--experts 128] [--workers 2] [--export | --memory]
 
 Needs four times the checkpoint in free space (2 MoE layers of 128 experts: 12.3 GB) and removes what it wrote. Before each timing
 the disk is synced and, as root, the page cache dropped; else files are warm from having been written.
@@ -17,11 +17,13 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from glm45_tune.conversion.adapter import Merged
 from glm45_tune.conversion.hf_files import plan_hf
 from glm45_tune.conversion.names import hf_shapes
 from glm45_tune.conversion.plan import literal
-from glm45_tune.conversion.stream import convert, open_model
+from glm45_tune.conversion.stream import convert, open_model, to_hf
 from glm45_tune.conversion.tensors import ALL
 from glm45_tune.conversion.verify import compare
 from glm45_tune.conversion.write import write_file
@@ -145,6 +147,36 @@ def speed(root: Path, workers: int, num_layers: int, num_experts: int) -> None:
     shutil.rmtree(root / "copy")
 
 
+def write_adapter(directory: Path, base, ends: tuple[str, ...]) -> None:
+    """A PEFT adapter of rank 32 for every weight whose name ends so."""
+    pairs = {}
+    for name in base.names:
+        if name.endswith(ends):
+            out, size = base.shape(name)
+            front = f"base_model.model.{name.removesuffix('.weight')}"
+            pairs[f"{front}.lora_A.weight"] = torch.randn(32, size).mul_(0.02).bfloat16()
+            pairs[f"{front}.lora_B.weight"] = torch.randn(out, 32).mul_(0.02).bfloat16()
+    directory.mkdir()
+    save_file(pairs, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 32, "lora_alpha": 64}))
+
+
+def export(root: Path, workers: int, num_layers: int, num_experts: int) -> None:
+    size = write_checkpoint(root / "hf", num_layers, num_experts)
+    print(f"{size / 1e9:.1f} GB, {workers} workers, {settle()}")
+    rates = []
+    for number, ends in enumerate((("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"), ("_proj.weight",))):
+        rates.append(timed("cp -r", size, lambda: subprocess.run(["cp", "-r", root / "hf", root / "copy"], check=True)))
+        shutil.rmtree(root / "copy")
+        base = open_model(root / "hf")
+        write_adapter(root / f"adapter{number}", base, ends)
+        merged = Merged(base, root / f"adapter{number}")
+        what = f"merged, LoRA on {('attention', 'all linears')[number]}"
+        rate = timed(what, size, lambda merged=merged: to_hf(merged, root / "merged", verify=False, workers=workers))
+        print(f"ratio {rate / rates[-1]:.2f} of cp -r")
+        shutil.rmtree(root / "merged")
+
+
 def memory(root: Path, workers: int) -> None:
     for num_layers in (4, 8):
         size = write_checkpoint(root / "hf", num_layers, 16)
@@ -161,6 +193,7 @@ def main() -> None:
     parser.add_argument("--moe-layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--export", action="store_true", help="a merged export instead of conversion")
     parser.add_argument("--memory", action="store_true", help="memory of a worker at 4 and at 8 layers instead of speed")
     options = parser.parse_args()
     root = options.directory / "bench_convert"
@@ -168,6 +201,8 @@ def main() -> None:
     try:
         if options.memory:
             memory(root, options.workers)
+        elif options.export:
+            export(root, options.workers, 1 + options.moe_layers, options.experts)
         else:
             speed(root, options.workers, 1 + options.moe_layers, options.experts)
     finally:
