@@ -45,6 +45,7 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
+        self._tell()  # at once: a rank lost in the first seconds was there
         while not self._ended.wait(self._pause):
             self._tell()
             if time.monotonic() - self._since > self._timeout:

@@ -89,16 +89,18 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_with_a_sentence(run, tmp_
 
 
 def test_the_last_and_the_best_are_kept(run, tmp_path):
-    """save_best keeps the lowest held-out loss, which a rate that tears the model apart leaves behind early."""
+    """save_best keeps the lowest held-out loss, early here: what is held out says other things than what is learned."""
+    other, talk = tmp_path / "other.jsonl", [{"role": "user", "content": "?"}, {"role": "assistant", "content": "zebra " * 9}]
+    other.write_text(json.dumps({"messages": talk}) + "\n")
     code, said = run(
-        "train.steps=10", "train.save_interval=1", "train.save_total_limit=2", "train.save_best=true", "data.eval_ratio=0.2",
-        "train.eval_interval=1", "optimizer.lr=0.3", "optimizer.min_lr=0.3",
+        "train.steps=10", "train.save_interval=1", "train.save_total_limit=2", "train.save_best=true", f"data.eval={other}",
+        "train.eval_interval=1", "lora=null", "optimizer.lr=0.01", "optimizer.min_lr=0.01",
     )  # fmt: skip
     assert code == 0, said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: row["eval/loss"])["step"]
     assert steps(tmp_path / "run") == sorted({best, 9, 10})
-    assert best < 9, "the test's rate should have torn the model apart"
+    assert best < 9, "the held-out loss should have risen"
 
 
 def test_two_jobs_cannot_write_to_one_run(run, tmp_path):
