@@ -197,49 +197,50 @@ class ChatRenderer:
         except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
             raise DataError(f"the checkpoint's chat template refuses this conversation: {error!r}") from error
 
-    def _turns(self, text: str, messages: list[dict], tools: list | None, prompt: bool = False):
-        """Of a conversation's text: ids int32, the place of each role token, and the number of the message that it opens."""
-        ids = np.array(self._ids(text), np.int32)
+    def _turns(self, ids: list[int], messages: list[dict], tools: list | None, follows: str | None) -> tuple[list, list, list]:
+        """Of a conversation's ids: the places of its role tokens, the number of the message that each opens (-1: the tools), and
+
+        the roles. follows: whose token stands at the end, behind all messages.
+        """
         starts = np.flatnonzero(self._opens_turn[ids]).tolist()
         owners = [-1] * bool(tools)  # the tool definitions have a role token of their own, and are no message
-        owners += [
-            number
-            for number, message in enumerate(messages)
-            # one <|observation|> opens a run of tool results
-            if message["role"] != "tool" or number == 0 or messages[number - 1]["role"] != "tool"
-        ]
-        roles = ["system" if number < 0 else messages[number]["role"] for number in owners] + ["assistant"] * prompt
-        if [self._kinds[int(ids[position])] for position in starts] != roles:
+        before = None
+        for number, message in enumerate(messages):
+            if message["role"] != "tool" or before != "tool":  # one <|observation|> opens a run of tool results
+                owners.append(number)
+            before = message["role"]
+        roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
+        if [self._kinds[ids[start]] for start in starts] != (roles if follows is None else [*roles, follows]):
             raise DataError(
                 f"a message's text holds one of the control tokens {', '.join(ROLE_TOKENS.values())}, which would be read "
                 "as a turn of its own. Remove it, or write it differently"
             )
-        return ids, starts, owners
+        return starts, owners, roles
 
     def _conversation(self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]) -> Tokens:
         """trained: which messages' weights count."""
-        ids, starts, owners = self._turns(self._templated(messages, tools, thinking), messages, tools)
-        roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
-        last = messages[-1]
+        ids, last, follows = self._ids(self._templated(messages, tools, thinking)), messages[-1], None
         if last["role"] == "assistant":  # what the engine would stop at; it follows, so it is learned
-            ids = np.append(ids, np.int32(self._role_ids["tool" if last.get("tool_calls") else "user"]))
+            follows = "tool" if last.get("tool_calls") else "user"
+            ids.append(self._role_ids[follows])
+        starts, owners, roles = self._turns(ids, messages, tools, follows)
         mask = np.zeros(len(ids), np.float32)
-        ends = [*starts[1:], len(ids) - (last["role"] == "assistant")]
-        for number, start, end in zip(owners, starts, ends):
+        for number, start, end in zip(owners, starts, [*starts[1:], len(ids)]):
             if number in trained:
                 self._weigh(ids, mask, start + 1, end, messages[number]["weight"], thinking)
         users = [start for start, role in zip(starts, roles) if role == "user"]
         head = users[0] if users and "assistant" not in roles[: roles.index("user")] else starts[0] if starts else len(ids)
-        return Tokens(ids, mask, head, [start for start in users if start >= head] or [head])
+        turns = [start for start in users if start >= head] or [head]
+        return Tokens(np.array(ids, np.int32), mask, head, turns)
 
-    def _weigh(self, ids: np.ndarray, mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None) -> None:
+    def _weigh(self, ids: list[int], mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None) -> None:
         """Weight an assistant turn [first, end) and the token behind it, if that is one that ends a turn."""
-        if ids[first : first + len(self._empty_think)].tolist() == self._empty_think:
+        if ids[first : first + len(self._empty_think)] == self._empty_think:
             if thinking is False or not self.options.train_empty_think:
                 first += len(self._empty_think)
-        elif ids[first : first + len(self._given)].tolist() == self._given:
+        elif ids[first : first + len(self._given)] == self._given:
             first += len(self._given)
-        ends_turn = end < len(ids) and self._kinds[int(ids[end])] in ("user", "tool")
+        ends_turn = end < len(ids) and self._kinds[ids[end]] in ("user", "tool")
         mask[first : end + ends_turn] = weight
 
 

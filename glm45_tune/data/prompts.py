@@ -24,11 +24,11 @@ class PromptRenderer(ChatRenderer):
                 "is the assistant's; a prompt ends on what is to be answered. Keep a wanted answer in a field of its own",
                 f"messages[{len(messages) - 1}].role",
             )
-        ids, starts, _ = self._turns(self._templated(messages, tools, thinking, True), messages, tools, True)
+        ids = self._ids(self._templated(messages, tools, thinking, True))
+        starts, _, roles = self._turns(ids, messages, tools, "assistant")
         self._check_length(len(ids))
-        roles = [self._kinds[int(ids[start])] for start in starts]
         users = [start for start, role in zip(starts, roles) if role == "user"] or starts[:1]
-        whole = Tokens(ids, np.zeros(len(ids), np.float32), users[0], users)
+        whole = Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.float32), users[0], users)
         if len(ids) <= self.options.seq_length:
             return [whole], Counter()
         if self.options.overlong == "split":
