@@ -76,7 +76,13 @@ BROKEN = {
     "padding counts as tokens": _sizes(2, 2, 1, 1, 1, 1),
 }
 TRAINED = [(kind, sizes) for kind in CONVERGING for sizes in (_sizes(1, 1, 2, 1, 2, 1), _sizes(2, 1, 1, 1, 2, 1))]
-RESUMED = [("lean-bf16", _sizes(2, 1, 2, 1, 2, 1)), ("full", _sizes(1, 2, 2, 2, 2, 1))]
+RESUMED = [
+    ("lean-bf16", _sizes(2, 1, 2, 1, 2, 1)),
+    ("full", _sizes(1, 2, 2, 2, 2, 1)),
+    ("lora", _sizes(1, 1, 2, 1, 2, 1)),
+]
+# resumed again under other layouts
+MOVED = [(kind, _sizes(*sizes)) for kind in ("full", "lora") for sizes in ((2, 1, 1, 1, 4, 1), (1, 1, 4, 1, 1, 1), (2, 1, 2, 1, 1, 2))]
 ROOT = Path(__file__).parents[2]
 EVERY = [(kind, sizes, 8) for kind, sizes in MATRIX] + [(kind, sizes, 4) for kind, sizes in MORE]
 
@@ -122,7 +128,7 @@ def _training(name, kind, sizes, world_size, checkpoints, corpus, make_recipe, o
         parallel=sizes | {"world_size": world_size},
         **lora,
     )
-    return {"name": name, "recipe": recipe, "steps": steps}
+    return {"name": name, "recipe": recipe, "steps": [0, steps]}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +146,10 @@ def results(checkpoints, corpus, make_recipe, ranks, tmp_path_factory):
         + [_training(f"trained-{kind}-one", kind, one, 1, *common) for kind in CONVERGING],
         4: [_training(f"trained-{kind}-{layouts.name(sizes)}", kind, sizes, 4, *common) for kind, sizes in TRAINED]
         + [_case(f"resumed-{kind}", kind, sizes, 4, *common, resume=True) for kind, sizes in RESUMED]
+        + [
+            _case(f"moved-{kind}-{layouts.name(sizes)}", kind, sizes, 4, *common, restore=f"resumed-{kind}", steps=[1, 3])
+            for kind, sizes in MOVED
+        ]
         + [_case(f"deterministic-{run}", "deterministic", _sizes(2, 1, 2, 1, 2, 1), 4, *common) for run in range(2)]
         + [_case(f"broken-{what}", "full", sizes, 4, *common, sabotage=what) for what, sizes in BROKEN.items()],
         8: [],
@@ -253,6 +263,14 @@ def test_a_resumed_run_goes_on_exactly(results, kind):
     tolerance = 2e-2 if "bf16" in kind else TOLERANCE  # bf16 rounds at other places
     for key in ("train/loss", "train/grad_norm"):
         assert abs(values[key] / reference[key] - 1) <= tolerance
+
+
+@pytest.mark.parametrize("kind, sizes", MOVED, ids=[f"{kind}-{layouts.name(sizes)}" for kind, sizes in MOVED])
+def test_a_run_resumed_under_another_layout_goes_on_as_if_it_had_not_moved(results, kind, sizes):
+    """Two steps, 1e-6 relative."""
+    moved = json.loads((results / f"moved-{kind}-{layouts.name(sizes)}.json").read_text())["losses"]
+    straight = json.loads((results / f"resumed-{kind}.json").read_text())["straight"]
+    assert moved == pytest.approx(straight, rel=1e-6)
 
 
 def test_bf16_weights_have_fp32_masters(results, checkpoints):

@@ -60,15 +60,17 @@ def forget(trainer: Trainer) -> None:
 
 
 def run(case: dict, output: Path) -> None:
-    """ "steps" in a case: train so many steps and keep their losses only."""
+    """What a case may say: "restore": begin with the checkpoint of that case; "steps" [first, end]: keep the losses of these only."""
     job = prepare(Recipe.from_dict(case["recipe"]))
     runtime.start(job.layout, job.recipe.train.seed, job.recipe.train.deterministic)
     trainer = Trainer(job.recipe, job.layout, job.source)
     method = Supervised(job, trainer)
     trainer.undo = lambda: None
     sabotage(trainer, case.get("sabotage"))
+    if "restore" in case:
+        checkpoint.restore(trainer, output / case["restore"])
     if "steps" in case:
-        values = {"losses": [method.train_step(step)["train/loss"] for step in range(case["steps"])]}
+        values = {"losses": [method.train_step(step)["train/loss"] for step in range(*case["steps"])]}
     else:
         values = method.train_step(0)
         values |= method.evaluate()
