@@ -10,7 +10,7 @@ import torch
 from glm45_tune.chat.answers import Answer
 from glm45_tune.conversion.adapter import Merged
 from glm45_tune.conversion.stream import open_model
-from glm45_tune.data.chat import Sample, load_tokenizer
+from glm45_tune.data.chat import NO_TEMPLATE, Sample, load_tokenizer
 from glm45_tune.errors import CheckpointError, UserError
 from glm45_tune.spec import ModelSpec, load_spec
 
@@ -38,6 +38,8 @@ class ChatModel:
         transformers.utils.logging.set_verbosity_error()  # it lists the MTP layer, which it does not use, as unexpected
         transformers.utils.logging.disable_progress_bar()
         self.tokenizer = load_tokenizer(model)
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{model}: {NO_TEMPLATE}.")
         device_map = device_map or ("auto" if torch.cuda.is_available() else None)
         try:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(str(model), dtype="auto", device_map=device_map)

@@ -17,6 +17,10 @@ from glm45_tune.data.length import Tokens, fit
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig
 
+NO_TEMPLATE = (
+    "the checkpoint has no chat template (base models have none). It can learn plain text, the field text; for conversations put "
+    "the chat_template.jinja of its chat model beside its tokenizer"
+)
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
 
 
@@ -48,14 +52,12 @@ class Rendering:
 
 
 def load_tokenizer(directory: str | Path):
-    """The checkpoint's tokenizer; raises DataError where it, its template or one of GLM's role tokens is missing."""
+    """The checkpoint's tokenizer; raises DataError where it or one of GLM's role tokens is missing. Base models have no chat template."""
     from transformers import AutoTokenizer
 
     if not (Path(directory) / "tokenizer.json").is_file():
         raise DataError(f"{directory}: no tokenizer.json here. A checkpoint's tokenizer files belong beside its weights.")
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    if not tokenizer.chat_template:
-        raise DataError(f"{directory}: the tokenizer has no chat template (chat_template.jinja).")
     for token in ROLE_TOKENS.values():
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise DataError(f"{directory}: the tokenizer has no token {token}; it is not GLM-4.5's.")
@@ -82,6 +84,8 @@ class ChatRenderer:
         "\n<think></think>" when thinking is off; "</think>" then in 4.7.
         """
         question = [{"role": "user", "content": "?"}]
+        if not self.tokenizer.chat_template:
+            return []
         try:
             without, prompt = (
                 self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=generation, **options)
@@ -175,6 +179,8 @@ class ChatRenderer:
 
     def _templated(self, messages: list[dict], tools: list | None, thinking: bool | None, prompt: bool = False) -> str:
         """The conversation by the checkpoint's template; `prompt`: with what asks for an answer behind it."""
+        if not self.tokenizer.chat_template:
+            raise DataError(NO_TEMPLATE)
         options = {} if thinking is None else {"enable_thinking": thinking}
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 

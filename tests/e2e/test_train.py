@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,3 +179,18 @@ def test_without_wandb_the_sentence_is_clear(write_recipe, cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, _, err = cli("train", write_recipe(logging={"wandb_project": "glm"}))
     assert code == 2 and "pip install wandb" in err and "Traceback" not in err
+
+
+def test_a_base_model_without_a_template_learns_text_and_says_what_conversations_need(
+    checkpoints, corpus, make_recipe, tmp_path, cli
+):
+    base, rows, recipe = tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    shutil.copytree(checkpoints["air"], base, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    rows.write_text("".join(json.dumps({"text": f"Line {number} of a book. " * 9}) + "\n" for number in range(8)))
+    recipe.write_text(yaml.safe_dump(make_recipe(base, rows, tmp_path / "run", lora={"r": 2}, train={"steps": 1})))
+    assert cli("train", recipe)[0] == 0 and cli("export", tmp_path / "run", "--output", tmp_path / "tuned")[0] == 0
+    assert not (tmp_path / "tuned" / "chat_template.jinja").exists()
+    code, _, said = cli("train", recipe, f"data.train={corpus}", f"output_dir={tmp_path / 'other'}")
+    assert code == 2 and f"{corpus}:1: the checkpoint has no chat template" in said.replace("\n", "")
+    code, _, said = cli("chat", tmp_path / "tuned", "--prompt", "?")
+    assert code == 2 and "put the chat_template.jinja of its chat model beside its tokenizer" in said.replace("\n", " ")
