@@ -1,4 +1,4 @@
-"""`torch_dist` checkpoint directories: read by slices without megatron, planned file by file, or written by ranks together.
+"""`torch_dist` checkpoint directories: read by slices without megatron, planned file by file, or written by ranks, a file each.
 
 The format is torch.distributed.checkpoint's: a pickled `.metadata` that says which bytes of which file hold which chunk of
 which tensor, and files of such chunks, each a torch.save. megatron adds metadata.json and a `common_state` object.
@@ -6,25 +6,26 @@ which tensor, and files of such chunks, each a torch.save. megatron adds metadat
 
 import io
 import json
+import os
 import pickle
-import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from glm45_tune.conversion.blocks import InputFile, read_block
+from glm45_tune.conversion.blocks import InputFile, bytes_of, read_block
 from glm45_tune.errors import CheckpointError
 
 COMMON = "common_state/shard_0_1"  # where megatron keeps what is not a tensor
@@ -201,57 +202,69 @@ def around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     return bytes(skeleton.before), bytes(skeleton.after)
 
 
-class _StreamPlanner(DefaultSavePlanner):
-    """Plans a save from shapes alone and fetches each chunk only when it is about to be written."""
+@dataclass
+class Part:
+    """What one file holds: (tensor's key, shape, dtype, [(offsets, sizes, start, length), …]) and (object's key, start, length)."""
 
-    def __init__(self, chunks: "Chunks", objects: dict[str, bytes]):
-        super().__init__()
-        self._chunks, self._objects = chunks, objects
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        items, self._readers = [], {}
-        for key, (shape, dtype, parts) in self._chunks.items():
-            for offsets, sizes, read in parts:
-                index = MetadataIndex(key, torch.Size(offsets))
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape))
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-                self._readers[index] = read
-        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]):
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem):
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._objects[write_item.index.fqn])
-        return self._readers[write_item.index]().detach()
+    name: str
+    tensors: list[tuple[str, tuple, torch.dtype, list[tuple]]] = field(default_factory=list)
+    objects: list[tuple[str, int, int]] = field(default_factory=list)
+    size: int = 0
+    crc: int = 0
 
 
-# key → (shape of the whole tensor, dtype, [(offsets, sizes, read), …]): the chunks this process writes
-Chunks = dict[str, tuple[tuple[int, ...], torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...], Callable]]]]
+def write_part(path: Path, name: str, chunks: "Chunks", objects: dict[str, object]) -> Part:
+    """Write a file of chunks and plain values into the directory `path`, to the disk. Raises OSError.
 
-
-def write_torch_dist(path: Path, chunks: Chunks, objects: dict[str, object], group) -> None:
-    """Write a checkpoint into an existing directory; the ranks of `group` write their parts together.
-
-    A chunk's `read` is called when its turn comes. objects: plain values by key. (torch loses errors of any thread but the
-    first, so there is one.)
+    torch's own writer would hold Python's lock and sum bytes up at the pace of one gigabyte a second: training would wait for it.
     """
-    packed = {key: pickled([value]) for key, value in objects.items()}
-    writer = FileSystemWriter(str(path), single_file_per_rank=True, sync_files=False, thread_count=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        save({}, storage_writer=writer, planner=_StreamPlanner(chunks, packed), process_group=group)
-    if group.rank() == 0:
-        (path / "metadata.json").write_text(FORMAT)
+    part = Part(name)
+    with open(path / name, "wb", buffering=2**20) as file:
+
+        def put(data) -> None:
+            file.write(data)
+            part.size, part.crc = part.size + len(data), zlib.crc32(data, part.crc)
+
+        for key, (shape, dtype, pieces) in chunks.items():
+            written = []
+            for offsets, sizes, tensor in pieces:
+                before, after = around(tuple(sizes), dtype)
+                start, values = part.size, bytes_of(tensor)
+                put(before)
+                for first in range(0, len(values), 2**24):
+                    put(values[first : first + 2**24])
+                put(after)
+                written.append((tuple(offsets), tuple(sizes), start, part.size - start))
+            part.tensors.append((key, tuple(shape), dtype, written))
+        for key, value in objects.items():
+            start = part.size
+            put(pickled([value]))
+            part.objects.append((key, start, part.size - start))
+        file.flush()
+        os.fsync(file.fileno())
+    return part
+
+
+def metadata_of(parts: Iterable[Part]) -> bytes:
+    """The pickled `.metadata` of a directory that holds these files."""
+    metadata = Metadata(state_dict_metadata={}, storage_data={})
+    for part in parts:
+        for key, shape, dtype, written in part.tensors:
+            known = metadata.state_dict_metadata.setdefault(
+                key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+            )
+            for offsets, sizes, start, length in written:
+                known.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                index = MetadataIndex(key, torch.Size(offsets))
+                metadata.storage_data[index] = _StorageInfo(part.name, start, length)
+        for key, start, length in part.objects:
+            metadata.state_dict_metadata[key] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(key)] = _StorageInfo(part.name, start, length)
+    return pickle.dumps(metadata, protocol=4)
+
+
+# key → (shape of the whole tensor, dtype, [(offsets, sizes, values), …]): the chunks this process writes
+Chunks = dict[str, tuple[tuple[int, ...], torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]]]
 
 
 def pickled(value) -> bytes:

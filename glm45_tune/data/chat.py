@@ -203,7 +203,9 @@ class ChatRenderer:
         except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
             raise DataError(f"the checkpoint's chat template refuses this conversation: {error!r}") from error
 
-    def _turns(self, ids: list[int], messages: list[dict], tools: list | None, follows: str | None) -> tuple[list, list, list]:
+    def _turns(
+        self, ids: list[int], messages: list[dict], tools: list | None, follows: str | None
+    ) -> tuple[list, list, list]:
         """Of a conversation's ids: the places of its role tokens, the number of the message that each opens (-1: the tools), and
 
         the roles. follows: whose token stands at the end, behind all messages.

@@ -20,9 +20,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
-from glm45_tune.conversion.torch_dist import COMMON, Chunks, TorchDistFiles, write_torch_dist
+from glm45_tune.conversion.torch_dist import COMMON, FORMAT, Chunks, Part, TorchDistFiles, metadata_of, write_part
 from glm45_tune.errors import CheckpointError, SaveError
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.mcore.step import Trainer
@@ -69,7 +68,7 @@ class Snapshot:
             if is_main_replica(tensor.replica_id):
                 _, _, parts = self._chunks.setdefault(tensor.key, (tensor.global_shape, tensor.dtype, []))
                 copied = self._copy((tensor.key, tensor.global_offset), tensor.data)
-                parts.append((tensor.global_offset, copied.shape, lambda copied=copied: copied))
+                parts.append((tensor.global_offset, copied.shape, copied))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         commons: list = [None] * dist.get_world_size()
@@ -91,14 +90,13 @@ class Snapshot:
         first = group.rank() == 0
         try:
             _together(group, lambda: first and _make_anew(directory))
-            write_torch_dist(directory, self._chunks, self._objects, group)
-            sums = _together(group, lambda: _seal(directory, config if first else None, group.rank()))
-            files = {name: known for part in sums for name, known in part.items()}
-            _together(group, lambda: first and _write_json(directory / COMPLETE, {**facts, "files": files}))
-        except (SaveError, CheckpointException) as error:
+            name = f"__{group.rank()}_0.distcp"
+            parts = _together(group, lambda: write_part(directory, name, self._chunks, self._objects))
+            _together(group, lambda: first and _seal(directory, config, facts, parts))
+        except SaveError:
             if first:
                 shutil.rmtree(directory, ignore_errors=True)
-            raise SaveError(_cause(error)) from error
+            raise
 
 
 def _together(group: dist.ProcessGroup, work: Callable[[], object]) -> list:
@@ -116,16 +114,28 @@ def _together(group: dist.ProcessGroup, work: Callable[[], object]) -> list:
     return [result for result, _ in ends]
 
 
-def _seal(directory: Path, config: dict | None, rank: int) -> dict[str, list[int]]:
-    """See this rank's files safe on the disk. Returns size and CRC-32 of each. config: written by the first rank."""
-    paths = list(directory.glob(f"__{rank}_*"))
-    if config is not None:
-        _write_json(directory / "config.json", config)
-        paths += [directory / name for name in (".metadata", "metadata.json", "config.json")]
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    return {path.name: _size_and_sum(path) for path in paths}
+def _seal(directory: Path, config: dict, facts: dict, parts: list[Part]) -> None:
+    """Write what describes the ranks' files, and at last complete.json."""
+    files = {part.name: [part.size, part.crc] for part in parts}
+    beside = {".metadata": metadata_of(parts), "metadata.json": FORMAT.encode(), "config.json": _json(config)}
+    for name, data in beside.items():
+        _write(directory / name, data)
+        files[name] = [len(data), zlib.crc32(data)]
+    _write(directory / COMPLETE, _json({**facts, "files": files}))
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Under its name only when it is whole and on the disk."""
+    staged = path.with_name(path.name + ".partial")
+    with open(staged, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
 
 
 def _size_and_sum(path: Path) -> list[int]:
@@ -163,24 +173,10 @@ def find_fault(directory: Path, group: dist.ProcessGroup) -> str | None:
     return next(filter(None, faults), None)
 
 
-def _cause(error: BaseException) -> str:
-    """The first rank's own words."""
-    if isinstance(error, CheckpointException):
-        return str(next(iter(error.failures.values()))[0])
-    return str(error)
-
-
 def _make_anew(directory: Path) -> None:
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """Under its name only when it is whole."""
-    staged = path.with_name(path.name + ".partial")
-    staged.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    staged.replace(path)
 
 
 def save(trainer: Trainer, directory: Path, config: dict, facts: dict) -> None:

@@ -1,6 +1,7 @@
 """A run from its first step to its last: one place to read what every kind of training does."""
 
 import contextlib
+import gc
 import sys
 import time
 from typing import Protocol
@@ -85,7 +86,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     metrics = Metrics(job.run, job.recipe, step, job.num_steps) if is_first else None
     line = LiveLine(step, job.num_steps) if is_first else None
     must_stop = False
-    with Interruption() as interruption:
+    with Interruption() as interruption, _collector_spared():
         while step < job.num_steps and not must_stop:
             watchdog.step = step
             watchdog.enter("preparing its batch")
@@ -120,6 +121,17 @@ def _train(job: Job, watchdog: Watchdog) -> int:
         _say_the_end(job, step)
     dist.barrier()
     return 0 if step == job.num_steps else STOPPED
+
+
+@contextlib.contextmanager
+def _collector_spared():
+    """What stands when training begins stays: the collector, which megatron calls twice a save, need not walk it (0.25 s each time)."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _resume(saver: Saver, method: Method) -> tuple[int, int]:
