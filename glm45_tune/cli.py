@@ -61,7 +61,7 @@ def tiny(
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
     like: Annotated[Like, typer.Option(help="Which model's shape: Air's, or 355B's (qk-norm, 3 dense layers).")] = Like.air,
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With a multi-token-prediction layer.")] = True,
-    seed: Annotated[int, typer.Option(help="Another seed, other weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed, other weights.")] = 0,
     fp8: Fp8Option = None,
 ) -> None:
     """Write a small random checkpoint in the exact layout of the hub's, to try everything on."""
@@ -321,7 +321,7 @@ def chat(
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to put on top.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this one question and end.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     server: Annotated[
         str | None, typer.Option(help="URL of a vLLM or SGLang to ask instead of a model in this process.")
     ] = None,
@@ -342,7 +342,7 @@ def evaluate(
     ],
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top of each.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; the last complete one by default.")] = None,
     device_map: Annotated[str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write scores and every answer to this JSON file.")] = None,
@@ -353,6 +353,8 @@ def evaluate(
     from glm45_tune.chat.model import ChatModel, check_model
     from glm45_tune.hub.evaluation import evaluate_run, is_run
 
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"eval: --output {output} cannot be written: a file in a directory that is there is expected.")
     questions = {str(path): asking.load_questions(str(path)) for path in data}
     runs = [path for path in models if is_run(path)]
     if runs and adapter:

@@ -8,6 +8,18 @@ from pydantic import BaseModel
 from glm45_tune.errors import RecipeError
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings have each key once: of a section that stands twice the first would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        found = set()
+        for name, mark in [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if name in found and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands there twice", mark)
+            found.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def override(document: dict, text: str) -> None:
     """Put `a.b=value` into a recipe's document. Raises RecipeError."""
     key, equals, value = text.partition("=")
@@ -18,6 +30,9 @@ def override(document: dict, text: str) -> None:
         document = document.setdefault(section, {})
         if not isinstance(document, dict):
             raise RecipeError(f"{text!r}: {section} is {document!r}, not a section.")
+    if sections == ["data"] and last in ("train", "source"):  # two names of one key
+        document.pop("train", None)
+        document.pop("source", None)
     try:
         document[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:

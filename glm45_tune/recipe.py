@@ -13,7 +13,7 @@ import yaml
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from glm45_tune.errors import RecipeError
-from glm45_tune.faults import explain, override
+from glm45_tune.faults import UniqueKeys, explain, override
 from glm45_tune.layout import Layout
 from glm45_tune.objectives import PreferenceConfig, RLConfig, check_objective
 from glm45_tune.section import Dtype, NotNegative, Positive, Section
@@ -228,7 +228,7 @@ class TrainConfig(Section):
     """
     deterministic: bool = False
     """Two runs under the same layout end with the same bits. On a GPU this takes slower kernels."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     eval_interval: Positive | None = None
     """Steps between evaluations; null: at the end only."""
     save_interval: Positive | None = None
@@ -348,7 +348,7 @@ class Recipe(Section):
         if not path.is_file():
             raise RecipeError(f"{path}: no such recipe.")
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not YAML: {error}") from error
         if not isinstance(document, dict):

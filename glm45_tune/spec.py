@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from glm45_tune.errors import CheckpointError
@@ -64,41 +65,42 @@ class ModelSpec:
             raise CheckpointError(f"{where}: tie_word_embeddings is true; GLM-4.5 checkpoints keep a head of their own.")
         if not config.get("norm_topk_prob", True):
             raise CheckpointError(f"{where}: norm_topk_prob is false; only true (as in every GLM-4.5 release) is known.")
-        # transformers 5 nests the two rotary keys, older files have them flat
-        rope = {**config, **(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+        rope = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(nested := config.get(key) or {}, dict):
+                raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
+            rope |= nested
         if (kind := rope.get("rope_type", "default")) != "default":
             raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
-
-        def need(key: str, source: dict = config):
-            if source.get(key) is None:
-                raise CheckpointError(f"{where}: {key} is missing.")
-            return source[key]
-
+        number = partial(_number, rope, where)
         eos = config.get("eos_token_id") or []
-        heads, groups = need("num_attention_heads"), need("num_key_value_heads")
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int for token in eos):
+            raise CheckpointError(f"{where}: eos_token_id is {eos!r}; token ids are expected.")
+        heads, groups = number("num_attention_heads"), number("num_key_value_heads")
         spec = cls(
-            num_layers=need("num_hidden_layers"),
-            num_dense_layers=need("first_k_dense_replace"),
-            hidden_size=need("hidden_size"),
-            ffn_hidden_size=need("intermediate_size"),
-            moe_ffn_hidden_size=need("moe_intermediate_size"),
+            num_layers=number("num_hidden_layers"),
+            num_dense_layers=number("first_k_dense_replace", least=0),
+            hidden_size=number("hidden_size"),
+            ffn_hidden_size=number("intermediate_size"),
+            moe_ffn_hidden_size=number("moe_intermediate_size"),
             num_attention_heads=heads,
             num_query_groups=groups,
-            kv_channels=config.get("head_dim") or need("hidden_size") // heads,
-            num_moe_experts=need("n_routed_experts"),
-            moe_router_topk=need("num_experts_per_tok"),
-            num_shared_experts=need("n_shared_experts"),
-            moe_router_topk_scaling_factor=float(need("routed_scaling_factor")),
-            moe_router_num_groups=config.get("n_group") or 1,
-            moe_router_group_topk=config.get("topk_group") or 1,
+            kv_channels=number("head_dim", default=number("hidden_size") // heads),
+            num_moe_experts=number("n_routed_experts"),
+            moe_router_topk=number("num_experts_per_tok"),
+            num_shared_experts=number("n_shared_experts"),
+            moe_router_topk_scaling_factor=number("routed_scaling_factor", float, 0),
+            moe_router_num_groups=number("n_group", default=1),
+            moe_router_group_topk=number("topk_group", default=1),
             qk_layernorm=bool(config.get("use_qk_norm", False)),
             add_qkv_bias=bool(config.get("attention_bias", False)),
-            vocab_size=need("vocab_size"),
-            rotary_percent=float(rope.get("partial_rotary_factor", 0.5)),
-            rotary_base=float(need("rope_theta", rope)),
-            layernorm_epsilon=float(need("rms_norm_eps")),
-            mtp_num_layers=config.get("num_nextn_predict_layers") or 0,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            vocab_size=number("vocab_size"),
+            rotary_percent=number("partial_rotary_factor", float, 0, default=0.5),
+            rotary_base=number("rope_theta", float),
+            layernorm_epsilon=number("rms_norm_eps", float, 0),
+            mtp_num_layers=number("num_nextn_predict_layers", least=0, default=0),
+            eos_token_ids=tuple(eos),
         )
         if heads % groups:
             raise CheckpointError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}.")
@@ -107,6 +109,16 @@ class ModelSpec:
                 f"{where}: num_experts_per_tok {spec.moe_router_topk} exceeds n_routed_experts {spec.num_moe_experts}."
             )
         return spec
+
+
+def _number(config: dict, where: str, key: str, kind: type = int, least: int = 1, default: float | None = None):
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise CheckpointError(f"{where}: {key} is missing.")
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not least <= value < float("inf"):
+        sort = "whole number" if kind is int else "number"
+        raise CheckpointError(f"{where}: {key} is {value!r}; a {sort} from {least} on is expected.")
+    return kind(value)
 
 
 def read_config(directory: str | Path) -> dict:

@@ -43,8 +43,10 @@ class ChatModel:
         device_map = device_map or ("auto" if torch.cuda.is_available() else None)
         try:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(str(model), dtype="auto", device_map=device_map)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{model}: cannot be loaded (device_map {device_map}): {str(error).splitlines()[0]}") from error
+        except (ValueError, RuntimeError, ImportError) as error:  # a library that its quantization needs may not be here
+            raise UserError(
+                f"{model}: cannot be loaded (device_map {device_map}): {str(error).strip().splitlines()[0]}"
+            ) from error
         self.model.eval()
         self.stop_ids = list(spec.eos_token_ids)
         if adapter is not None:

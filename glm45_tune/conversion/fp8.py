@@ -41,6 +41,8 @@ class StoredTensor(Protocol):
 
 def find_scales(config: dict | None, stored: dict[str, StoredTensor], where: Path) -> dict[str, Scale]:
     """FP8 weight → its scales, as quantization_config and the tensors both say. Raises CheckpointError naming a tensor."""
+    if not isinstance(config or {}, dict):
+        raise CheckpointError(f"{where}: config.json's quantization_config is {config!r}; an object is expected.")
     weights = [name for name, tensor in stored.items() if tensor.dtype == FP8]
     if config is None and not weights:
         return {}

@@ -34,8 +34,8 @@ class McoreDir(TorchDistFiles):
         self.spec = ModelSpec.from_config(self.config, f"{path}/config.json")
         super().__init__(path)
         self.dialect = self._recognise()
-        self._place = hf_places(self.spec, lambda row: row.name(self.dialect) in self.tensors)
         self.check()
+        self._place = hf_places(self.spec, lambda row: row.name(self.dialect) in self.tensors)
 
     def __reduce__(self):
         return McoreDir, (self.path,)

@@ -27,7 +27,7 @@ def nothing(directory: Path) -> None:
 
 
 def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
-    """Raise UserError unless `output` may be written: not there, empty, or of the same kind and written by us.
+    """Raise UserError unless `output` may be written: not there, empty, or of the same kind, written by us and nothing else in it.
 
     inputs: what the result is made from; it is never replaced by the result.
     """
@@ -35,8 +35,11 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
         raise UserError(f"{output}: exists and is a file. Choose another output directory.")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if output.resolve() in {Path(path).resolve() for path in inputs}:
-        raise UserError(f"{output}: is what the result is made from. Choose another output directory.")
+    for path in map(Path, inputs):
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(
+                f"{output}: is, or holds, {path}, which the result is made from. Choose another output directory."
+            )
     found = read_marker(output)
     if found is None:
         raise UserError(
@@ -45,6 +48,14 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
     if found.get("kind") != kind:
         raise UserError(
             f"{output}: holds a {found.get('kind')!r}, which a {kind!r} does not replace. Choose another output directory."
+        )
+    ours = {MARKER, *(Path(name).parts[0] for name in found.get("files", {}))}
+    if others := sorted(
+        entry.name for entry in output.iterdir() if entry.name not in ours and not entry.name.startswith(".")
+    ):
+        raise UserError(
+            f"{output}: replacing it would also remove {', '.join(others[:3])}, which we did not write. Move that away, or choose "
+            "another output directory."
         )
 
 

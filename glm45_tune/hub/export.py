@@ -68,6 +68,8 @@ def export(
     base = trained_on(run, facts)
     if facts["lora"] is None and adapter_only:
         raise CheckpointError(f"{run} trained all weights; it has no adapter. Leave --adapter-only out.")
+    if fp8 and adapter_only:
+        raise CheckpointError("An adapter is written as it was trained: leave --fp8 or --adapter-only out.")
     card = Card(run, facts, step_of(checkpoint), base.spec, adapter_only)
     # names alone: an export may be pushed, and directories are nobody else's business
     marker = {"step": step_of(checkpoint), "run": run.resolve().name, "base": base.path.name}

@@ -212,11 +212,16 @@ def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
 
 
 def _load_optimizer(optimizer, state: dict) -> None:
-    """DistributedOptimizer.load_state_dict, around its one fault with torch's Adam: it takes the step count, a tensor there,
+    """DistributedOptimizer.load_state_dict. Rates, decay and betas stay the recipe's; of the saved groups only the step count is taken.
 
-    for one of the moments. So the step is a number while the moments are copied.
+    Around its one fault with torch's Adam: it takes the step count, a tensor there, for one of the moments. So the step is a
+    number while the moments are copied.
     """
     moments = state.pop("param_state")
+    saved = state["optimizer"]["param_groups"]
+    state["optimizer"]["param_groups"] = [
+        {**group, "params": [], "step": saved[0]["step"]} for group in optimizer.optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
     of_parameter = optimizer.optimizer.state.values()
     steps = [values.get("step") for values in of_parameter]

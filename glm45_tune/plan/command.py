@@ -51,6 +51,8 @@ class Question:
 
 
 def ask(request: Request) -> Question:
+    if request.data_tokens is not None and not 0 < request.data_tokens < float("inf"):
+        raise UserError(f"plan: --tokens {request.data_tokens}: a positive number is expected.")
     recipe = Recipe.load(request.recipe_path, request.overrides)
     spec, origin = find_spec(recipe.model.path)
     if recipe.model.mtp_loss_scaling_factor and not spec.mtp_num_layers:

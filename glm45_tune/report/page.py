@@ -64,7 +64,10 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
     }
     for name, value in parts.items():
         page = page.replace(f"@@{name}@@", value)
-    output.write_text(page, encoding="utf-8")
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}.") from error
     return output
 
 

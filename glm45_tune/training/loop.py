@@ -120,7 +120,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
         metrics.close()
         _say_the_end(job, step)
     dist.barrier()
-    return 0 if step == job.num_steps else STOPPED
+    return 0 if step >= job.num_steps else STOPPED
 
 
 @contextlib.contextmanager
@@ -188,7 +188,9 @@ def _say_the_end(job: Job, step: int) -> None:
     if step < job.num_steps:
         end = f"stopped by a signal after step {step} of {job.num_steps}; the same command again goes on"
     else:
-        end = f"done: {job.num_steps} steps in {job.run}"
+        end = f"done: {step} steps in {job.run}"
+        if step > job.num_steps:
+            end += f" (it was further than the {job.num_steps} steps of the recipe)"
         if job.recipe.lora is not None:
             adapter.write_peft(checkpoint.step_directory(job.run, step), job.recipe.lora, job.source, job.run / "adapter")
     print("\n".join([end, *summary.left_out(job)]), file=sys.stderr)

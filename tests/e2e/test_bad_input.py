@@ -132,6 +132,36 @@ def test_nothing_replaces_a_run_or_its_base(train, cli, tmp_path, checkpoints):
     assert list(run.glob("checkpoints/*/complete.json"))
 
 
+def test_nothing_is_replaced_that_holds_what_is_not_ours(cli, tmp_path, checkpoints):
+    """The source of a conversion, a run or somebody's notes inside an earlier result."""
+    earlier = tmp_path / "earlier"
+    assert cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", tmp_path / "m")[0] == 0
+    assert cli("convert", "--to-hf", "--model", tmp_path / "m", "--output", earlier)[0] == 0
+    (tmp_path / "m").rename(earlier / "m")
+    code, _, err = cli("convert", "--to-hf", "--model", earlier / "m", "--output", earlier)
+    assert code == 2 and "which the result is made from" in err
+    (earlier / "m").rename(tmp_path / "m")
+    (earlier / "notes").mkdir()
+    code, _, err = cli("convert", "--to-hf", "--model", tmp_path / "m", "--output", earlier)
+    assert code == 2 and "would also remove notes" in err
+    (earlier / "notes").rmdir()
+    assert cli("convert", "--to-hf", "--model", tmp_path / "m", "--output", earlier)[0] == 0
+
+
+def test_outputs_that_cannot_be_written_and_other_small_faults(train, cli, tmp_path, checkpoints, corpus):
+    assert train(overrides=["lora={}", "train.steps=1"])[0] == 0
+    run, model = tmp_path / "run", checkpoints["air"]
+    recipe = tmp_path / "recipe.yaml"
+    for command, words in (
+        (["eval", model, "--data", corpus, "--output", tmp_path / "no" / "x.json"], "cannot be written"),
+        (["report", run, "--output", tmp_path], "Is a directory"),
+        (["plan", recipe, "--tokens", "nan"], "a positive number"),
+        (["export", run, "--output", tmp_path / "a", "--adapter-only", "--fp8", "block"], "leave --fp8"),
+    ):
+        code, _, err = cli(*command)
+        assert code == 2 and words in err, err
+
+
 def test_a_full_run_without_mtp_exports_a_whole_model(train, cli, tmp_path, checkpoints):
     """The MTP layer stays the base's, the copies of embedding and head in it are those that were trained."""
     assert train()[0] == 0

@@ -90,7 +90,10 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_with_a_sentence(run, tmp_
 
 def test_the_last_and_the_best_are_kept(run, tmp_path):
     """save_best keeps the lowest held-out loss, early here: what is held out says other things than what is learned."""
-    other, talk = tmp_path / "other.jsonl", [{"role": "user", "content": "?"}, {"role": "assistant", "content": "zebra " * 9}]
+    other, talk = (
+        tmp_path / "other.jsonl",
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "zebra " * 9}],
+    )
     other.write_text(json.dumps({"messages": talk}) + "\n")
     code, said = run(
         "train.steps=10", "train.save_interval=1", "train.save_total_limit=2", "train.save_best=true", f"data.eval={other}",
@@ -101,6 +104,23 @@ def test_the_last_and_the_best_are_kept(run, tmp_path):
     best = min(rows, key=lambda row: row["eval/loss"])["step"]
     assert steps(tmp_path / "run") == sorted({best, 9, 10})
     assert best < 9, "the held-out loss should have risen"
+
+
+def test_a_resumed_run_trains_by_the_recipes_rate_and_decay(run, tmp_path):
+    """What the recipe says holds from the step on; a run that is further than the recipe is done."""
+    assert run()[0] == 0
+    begun = tmp_path / "begun"
+    (tmp_path / "run").rename(begun)
+    found = {}
+    for change in ("train.seed=1234", "optimizer.lr=1e-2", "optimizer.weight_decay=1e3", "optimizer.adam_beta1=0.0"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(begun, tmp_path / "run")
+        code, said = run("train.steps=9", change)
+        assert code == 0 and "resumed after step 6" in said, said
+        found[change] = losses(tmp_path / "run")[-1]
+    assert len({round(loss, 4) for loss in found.values()}) == len(found), found
+    code, said = run("train.steps=4", "optimizer.adam_beta1=0.0")
+    assert code == 0 and "done: 9 steps" in said and "further than the 4 steps" in said
 
 
 def test_two_jobs_cannot_write_to_one_run(run, tmp_path):

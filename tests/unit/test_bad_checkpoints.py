@@ -75,6 +75,16 @@ FAULTS = {
         ),
         ["differ in dtype", "q_proj"],
     ),
+    "a width in fractions": (
+        lambda d: _edit_config(d, hidden_size=128.0),
+        ["hidden_size is 128.0", "a whole number from 1"],
+    ),
+    "a width in words": (lambda d: _edit_config(d, rms_norm_eps="x"), ["rms_norm_eps is 'x'; a number from 0"]),
+    "no groups": (lambda d: _edit_config(d, num_key_value_heads=0), ["num_key_value_heads is 0"]),
+    "no shared experts": (lambda d: _edit_config(d, n_shared_experts=0), ["n_shared_experts is 0"]),
+    "rope in words": (lambda d: _edit_config(d, rope_scaling="x"), ["rope_scaling is 'x'; an object"]),
+    "scales in words": (lambda d: _edit_config(d, quantization_config="x"), ["quantization_config is 'x'; an object"]),
+    "end in words": (lambda d: _edit_config(d, eos_token_id=["x"]), ["eos_token_id is ['x']"]),
     "experts disagree": (lambda d: _edit_config(d, n_routed_experts=6), ["n_routed_experts is 6 there, 8 here"]),
     "layers disagree": (lambda d: _edit_config(d, num_hidden_layers=2), ["num_hidden_layers is 2 there, 3 here"]),
     "dense layers disagree": (lambda d: _edit_config(d, first_k_dense_replace=2), ["first_k_dense_replace is 2 there, 1"]),
@@ -167,6 +177,14 @@ def test_configs_of_later_releases_go_the_same_road(checkpoints, broken, tmp_pat
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == config
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
     assert not compare(HfDir(checkpoints["air"]), HfDir(tmp_path / "hf")).differences
+
+
+def test_a_damaged_name_in_metadata_is_a_sentence(checkpoints, tmp_path, cli):
+    assert cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", tmp_path / "m")[0] == 0
+    path = tmp_path / "m" / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"embedding.word", b"embedding.wOrd"))
+    code, _, err = cli("verify", checkpoints["air"], tmp_path / "m")
+    assert code == 2 and "embedding.word_embeddings.weight is missing" in err
 
 
 def test_metadata_with_code_in_it_is_refused(checkpoints, tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from glm45_tune.errors import LayoutError, RecipeError
 from glm45_tune.layout import Layout
@@ -61,6 +62,10 @@ FAULTS = [
     ({"train": {"epochs": 1, "freeze": ["router"]}, "lora": {}}, ["train.freeze", "narrow lora.target_modules"]),
     ({"train": {"epochs": 1, "freeze": "router"}}, ["train.freeze", "list"]),
     ({"model": {"path": "m", "moe_router_bias_update_rate": 1e-3}, "lora": {}}, ["an adapter cannot carry"]),
+    ({"train": {"steps": True}}, ["train.steps: is true; a number is expected"]),
+    ({"optimizer": {"lr": True}}, ["optimizer.lr: is true"]),
+    ({"train": {"epochs": 1, "save_interval_minutes": False}}, ["save_interval_minutes: is false"]),
+    ({"train": {"epochs": 1, "seed": 2**40}}, ["train.seed", "less than"]),
     ({"model": {"path": "m", "moe_z_loss_coeff": -1}}, ["model.moe_z_loss_coeff", "greater than or equal to 0"]),
 ]
 
@@ -71,6 +76,16 @@ def test_a_fault_is_named(change, words):
         Recipe.from_dict(BASE | change)
     for word in words:
         assert word in str(fault.value)
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    """YAML's readers keep the last one; what the first said would be lost without a word."""
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(BASE) + "optimizer: {lr: 1.0e-3}\noptimizer: {weight_decay: 0.1}\n")
+    with pytest.raises(RecipeError, match="the key optimizer stands there twice(.|\n)*line"):
+        Recipe.load(path)
+    path.write_text(yaml.safe_dump(BASE | {"data": {"source": "a"}}))
+    assert Recipe.load(path, ["data.train=b"]).data.train == "b" and Recipe.load(path, ["data.source=b"]).data.train == "b"
 
 
 def test_all_faults_come_in_one_message():
