@@ -1,4 +1,4 @@
-"""What saving in the background costs the steps beside it. Run on a CPU: python scripts/bench_saving.py [--hidden 512] [--rounds 3]
+"""What saving in the background costs the steps beside it. Run on a CPU: python scripts/bench_saving.py [--hidden 512] [--batch 4] [--rounds 3]
 
 One full fine-tuning of a few layers, saved after every fourth step and saved only at its end, by turns, in one process. The same step
 of both has the same rows, so the steps that a save goes on beside are compared with themselves; and the rest too, as a measure of noise.
@@ -34,14 +34,14 @@ def write_model(directory: Path, hidden: int) -> None:
         write_file(directory / file.name, source, file)
 
 
-def step_seconds(root: Path, name: str, interval: int | None) -> dict[int, float]:
+def step_seconds(root: Path, name: str, batch: int, interval: int | None) -> dict[int, float]:
     """Step → seconds of a run; the first step, which warms up, is left out."""
     train(
         Recipe.from_dict(
             {
                 "model": {"path": str(root / "model"), "params_dtype": "fp32"},
                 "data": {"train": str(DATA), "seq_length": 512},
-                "train": {"steps": STEPS, "global_batch_size": 4, "save_interval": interval},
+                "train": {"steps": STEPS, "global_batch_size": batch, "save_interval": interval},
                 "optimizer": {"lr": 1e-4},
                 "output_dir": str(root / name),
             }
@@ -54,6 +54,7 @@ def step_seconds(root: Path, name: str, interval: int | None) -> dict[int, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step: how long it takes beside what is saved")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     beside, apart = [], []
@@ -61,7 +62,8 @@ def main() -> None:
         root = Path(holder)
         write_model(root / "model", options.hidden)
         for number in range(options.rounds):
-            saved, left_alone = step_seconds(root, f"saved{number}", INTERVAL), step_seconds(root, f"alone{number}", None)
+            saved = step_seconds(root, f"saved{number}", options.batch, INTERVAL)
+            left_alone = step_seconds(root, f"alone{number}", options.batch, None)
             beside += [(saved[step], left_alone[step]) for step in saved if step > INTERVAL and step % INTERVAL == 1]
             apart += [(saved[step], left_alone[step]) for step in saved if step < INTERVAL or step % INTERVAL != 1]
         size = sum(path.stat().st_size for path in (root / "saved0" / "checkpoints").glob(f"*{STEPS}/*"))
