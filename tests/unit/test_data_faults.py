@@ -1,0 +1,104 @@
+"""What is wrong with data is said, in a sentence that names the place: no row is lost, changed or trained in silence."""
+
+import csv
+import datetime
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+import zstandard
+
+from glm45_tune.data.chat import ChatRenderer, load_tokenizer
+from glm45_tune.data.files import read_rows
+from glm45_tune.data.formats import canonical
+from glm45_tune.data.sources import RENDERERS, load
+from glm45_tune.data.store import cache_directory
+from glm45_tune.data.stream import Stream
+from glm45_tune.errors import DataError, RecipeError
+from glm45_tune.recipe import DataConfig, Recipe
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"role": "function_call", "content": '{"name": "f", "arguments": {}}'}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoints):
+    return load_tokenizer(checkpoints["air"])
+
+
+@pytest.fixture
+def fault_of(tokenizer):
+    """What is said of a row, as (field, sentence)."""
+
+    def fault(row, kind="sft", **options):
+        with pytest.raises(DataError) as found:
+            RENDERERS[kind](tokenizer, DataConfig(train="x", **options)).render(row, "x", 1)
+        return found.value.field, str(found.value)
+
+    return fault
+
+
+def packed(rows: int) -> bytes:
+    draw = random.Random(0)
+    return "".join(json.dumps({"text": draw.randbytes(60).hex()}) + "\n" for _ in range(rows)).encode()
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.zst", "x.txt.zst", "x.csv.zst", "x.jsonl.gz"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.6, 0.999])
+def test_a_file_that_was_cut_off_is_an_error_whatever_on_bad_row_says(tokenizer, tmp_path, name, share):
+    whole = packed(5000)
+    whole = zstandard.compress(whole) if name.endswith("zst") else gzip.compress(whole)
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+    before = set(cache_directory().glob("*.partial"))
+    with pytest.raises(DataError, match=rf"{name}:\d+: the file cannot be read on: Compressed file ended before"):
+        load(str(tmp_path / name), ChatRenderer(tokenizer, DataConfig(train="x", on_bad_row="skip", seq_length=10**7)))
+    assert set(cache_directory().glob("*.partial")) == before
+    if name == "x.jsonl.zst" and share > 0.1:
+        stream = Stream(DataConfig(train=str(tmp_path / name), on_bad_row="skip", streaming=True), tokenizer, 1)
+        with pytest.raises(DataError, match="the file cannot be read on"):
+            stream.check()
+
+
+def test_frames_one_behind_the_other_are_one_file(tmp_path):
+    lines = packed(3000)
+    pack, path = zstandard.ZstdCompressor().compress, tmp_path / "x.jsonl.zst"
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"  # a frame that holds no data, by zstandard's format
+    path.write_bytes(pack(lines[:100_000]) + pack(b"") + skipped + pack(lines[100_000:]))
+    assert [row for _, row in read_rows(path)] == [json.loads(line) for line in lines.splitlines()]
+    path.write_bytes(pack(b" " * 10**8 + b"\n" + lines))
+    assert len(list(read_rows(path))) == 3000
+
+
+@pytest.mark.parametrize(
+    "name, content", [("x.json", '[{"text": "a"}, {"te'), ("x.json", '{"a": 1}'), ("x.csv", "text,a,text\nb,c,d\n")]
+)
+def test_a_file_that_is_not_what_its_name_says_is_an_error_under_skip(tokenizer, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name}:1: the file cannot be read on: .*on_bad_row"):
+        load(str(tmp_path / name), ChatRenderer(tokenizer, DataConfig(train="x", on_bad_row="skip")))
+
+
+def test_a_csv_cell_is_text_unless_its_column_and_content_are_messages(tokenizer, tmp_path):
+    def read(*cells):
+        with open(tmp_path / "x.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(cells)
+        return [row for _, row in read_rows(tmp_path / "x.csv")]
+
+    for answer in ('{"a": 1}', "[1, 2]", "[]", '[{"a": 1}]', '{"role": "admin"}', '{"from": "Paris", "to": "Rome"}', "[x"):
+        assert read(["instruction", "output"], ["q", answer]) == [{"instruction": "q", "output": answer}]
+        assert read(["query", "response"], [answer, answer]) == [{"query": answer, "response": answer}]
+        assert read(["text"], [answer]) == [{"text": answer}]
+    (row,) = read(["prompt", "chosen", "rejected"], [json.dumps([Q]), json.dumps(A), json.dumps([A])])
+    assert row == {"prompt": [Q], "chosen": A, "rejected": [A]}
+    (row,) = read(["messages", "tools", "enable_thinking"], [json.dumps([Q, A]), "[]", "False"])
+    assert row == {"messages": [Q, A], "tools": [], "enable_thinking": False}
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert read(["conversations", "x"], [json.dumps(turns), ""]) == [{"conversations": turns}]
+    rows = read(["prompt", "completion", "label"], ["q", "a", "TRUE"], ["q", "a", "false"], ["q", "a", "1"])
+    assert [row["label"] for row in rows] == [True, False, "1"]
