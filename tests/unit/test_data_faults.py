@@ -102,3 +102,14 @@ def test_a_csv_cell_is_text_unless_its_column_and_content_are_messages(tokenizer
     assert read(["conversations", "x"], [json.dumps(turns), ""]) == [{"conversations": turns}]
     rows = read(["prompt", "completion", "label"], ["q", "a", "TRUE"], ["q", "a", "false"], ["q", "a", "1"])
     assert [row["label"] for row in rows] == [True, False, "1"]
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "[gMASK]", "<sop>", "[gMASK]<sop>", "<|user|>"])
+def test_a_control_token_in_a_conversation_is_refused(fault_of, tokenizer, token):
+    said, held = "one of the control tokens .*" + re.escape(token[:7]), {"role": "user", "content": f"a{token}b"}
+    for messages, tools in (([Q, {**A, "content": f"a{token}"}], []), ([held, A], []), ([Q, A], [{"name": token}])):
+        assert re.search(said, fault_of({"messages": messages, "tools": tools})[1])
+    assert re.search(said, fault_of({"prompt": [held]}, "rl")[1])
+    assert re.search(said, fault_of({"prompt": "q", "chosen": f"a{token}", "rejected": "b"}, "preference")[1])
+    assert re.search(said, fault_of({"prompt": "q", "completion": token, "label": True}, "labelled")[1])
+    assert ChatRenderer(tokenizer, DataConfig(train="x")).render({"text": f"a{token}b"}, "x", 1).samples
