@@ -113,3 +113,50 @@ def test_a_control_token_in_a_conversation_is_refused(fault_of, tokenizer, token
     assert re.search(said, fault_of({"prompt": "q", "chosen": f"a{token}", "rejected": "b"}, "preference")[1])
     assert re.search(said, fault_of({"prompt": "q", "completion": token, "label": True}, "labelled")[1])
     assert ChatRenderer(tokenizer, DataConfig(train="x")).render({"text": f"a{token}b"}, "x", 1).samples
+
+
+FUNCTIONS = """
+number = 5
+def at_once(): raise KeyError("k")
+def midway():
+    yield {"text": "a"}
+    yield {"text": "b"}
+    raise ValueError("broken pipe")
+def wants(path): return []
+def nothing(): pass
+def one(): return 1
+async def waits(): return []
+async def waits_and_yields(): yield {}
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("faulty_rows:at_once", r"faulty_rows:at_once: .*raised KeyError\('k'\)"),
+        ("faulty_rows:midway", r"faulty_rows:midway:3: .*ValueError\('broken pipe'\)"),
+        ("faulty_rows:wants", "faulty_rows:wants: .*TypeError.*missing 1 required"),
+        ("faulty_rows:nothing", "returned NoneType; rows are expected"),
+        ("faulty_rows:one", "returned int; rows are expected"),
+        ("faulty_rows:waits", "is an async function"),
+        ("faulty_rows:waits_and_yields", "is an async function"),
+        ("faulty_rows:number", "is int; a plain function"),
+        ("faulty_rows:missing", "no such Python function: faulty_rows has no missing"),
+        ("no_such_rows:f", "no such Python function: No module named"),
+        ("faulty_syntax:f", "module faulty_syntax cannot be imported: SyntaxError"),
+        ("faulty_import:f", r"module faulty_import cannot be imported: RuntimeError\('at import'\)"),
+        ("faulty_needs:f", "module faulty_needs cannot be imported: ModuleNotFoundError.*no_such_dependency"),
+        ("faulty_exit:f", "module faulty_exit cannot be imported: SystemExit"),
+    ],
+)
+def test_a_function_that_gives_no_rows_says_why(tokenizer, tmp_path, monkeypatch, source, words, streaming):
+    (tmp_path / "faulty_rows.py").write_text(FUNCTIONS)
+    (tmp_path / "faulty_syntax.py").write_text("def f(:\n")
+    (tmp_path / "faulty_import.py").write_text("raise RuntimeError('at import')\n")
+    (tmp_path / "faulty_needs.py").write_text("import no_such_dependency\n")
+    (tmp_path / "faulty_exit.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = DataConfig(train=source, on_bad_row="skip", streaming=streaming)
+    with pytest.raises(DataError, match=words):
+        Stream(options, tokenizer, 1).check() if streaming else load(source, ChatRenderer(tokenizer, options))
