@@ -160,3 +160,27 @@ def test_a_function_that_gives_no_rows_says_why(tokenizer, tmp_path, monkeypatch
     options = DataConfig(train=source, on_bad_row="skip", streaming=streaming)
     with pytest.raises(DataError, match=words):
         Stream(options, tokenizer, 1).check() if streaming else load(source, ChatRenderer(tokenizer, options))
+
+
+LOOP: dict = {"messages": [Q, A]}
+LOOP["self"] = LOOP
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"messages": [Q, A], "when": datetime.date(2020, 1, 1)}, "not JSON serializable"),
+        ({"messages": [Q, {**A, "loss_scale": np.float32(0.5)}]}, "float32 is not JSON serializable"),
+        (LOOP, "Circular reference"),
+        ("x", "is str; a dict is expected"),
+        ({"messages": [Q, {**A, "content": "\ud800"}]}, "no valid Unicode"),
+        ({"messages": [Q, {**A, "role": "\ud800"}]}, r"messages\[1\].role is"),
+    ],
+)
+def test_a_bad_row_given_to_train_is_named_by_its_number(checkpoints, make_recipe, tmp_path, row, words):
+    from glm45_tune.training.launch import train
+
+    recipe = Recipe.from_dict(make_recipe(checkpoints["air"], "x", tmp_path / "run"))
+    with pytest.raises(DataError, match=f"^row 2 of the rows given: .*{words}"):
+        train(recipe, [{"messages": [Q, A], "id": "\ud800"}, row])
+    assert not (tmp_path / "run").exists()
