@@ -184,3 +184,31 @@ def test_a_bad_row_given_to_train_is_named_by_its_number(checkpoints, make_recip
     with pytest.raises(DataError, match=f"^row 2 of the rows given: .*{words}"):
         train(recipe, [{"messages": [Q, A], "id": "\ud800"}, row])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": [{"role": "\ud800", "content": "q"}, A]}, {"prompt": "q", "answer": "\ud800"}],
+    ids=["role", "column"],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_half_a_surrogate_pair_is_shown(checkpoints, tmp_path, row, more):
+    """By a process of its own: pytest's stdout is not one that refuses it."""
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    command = [sys.executable, "-m", "glm45_tune", "data", tmp_path / "x.jsonl", "--model", checkpoints["air"], *more]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == (2 if "messages" in row else 0) and "Traceback" not in ended.stderr, ended.stderr
+    assert "\\ud800" in ended.stdout
+    if more:
+        document = json.loads(ended.stdout)
+        assert "\ud800" in (
+            document["errors"][0]["message"] if "messages" in row else document["samples"][0]["row"]["answer"]
+        )
+
+
+def test_half_a_surrogate_pair_in_a_question_is_a_bad_row(tmp_path):
+    from glm45_tune.chat.evaluate import load_questions
+
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [{**Q, "content": "\ud800"}, A]}))
+    with pytest.raises(DataError, match="x.jsonl:1: .*surrogate"):
+        load_questions(str(tmp_path / "x.jsonl"))
