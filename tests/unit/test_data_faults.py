@@ -212,3 +212,42 @@ def test_half_a_surrogate_pair_in_a_question_is_a_bad_row(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [{**Q, "content": "\ud800"}, A]}))
     with pytest.raises(DataError, match="x.jsonl:1: .*surrogate"):
         load_questions(str(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("field", ["train", "eval"])
+def test_no_source_is_an_error(field):
+    recipe = {"model": {"path": "m"}, "data": {"train": "a", field: []}, "train": {"steps": 1}, "output_dir": "o"}
+    with pytest.raises(RecipeError, match=f"data.{field}: is empty; at least one source"):
+        Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe)))
+
+
+def test_empty_tools_are_none(tokenizer):
+    renderer = ChatRenderer(tokenizer, DataConfig(train="x"))
+    samples = [
+        renderer.render({"messages": [Q, A], "tools": tools}, "x", 1).samples for tools in ("", " ", "[]", "null", None)
+    ]
+    assert {tuple(sample.input_ids.tolist()) for (sample,) in samples} == {tuple(samples[-1][0].input_ids.tolist())}
+
+
+def test_a_field_behind_calls_that_were_joined_is_named_by_its_own_number(fault_of):
+    bad = {"role": "user", "content": None}
+    messages = [Q, A, CALL, CALL, {"role": "tool", "content": "r"}, bad]
+    assert fault_of({"messages": messages})[0] == "messages[5].content"
+    turns = [{"from": message["role"], "value": message["content"]} for message in messages]
+    assert fault_of({"conversations": turns})[0] == "conversations[5].value"
+    assert fault_of({"conversations": turns, "system": "s"})[0] == "conversations[5].value"
+
+
+def test_a_call_that_calls_nothing_is_an_error(fault_of):
+    assert "function_call holds no call" in fault_of({"messages": [Q, {"role": "function_call", "content": "[]"}]})[1]
+
+
+@pytest.mark.parametrize("row", [{"query": None, "response": "a"}, {"instruction": None, "output": "a"}])
+def test_no_question_is_an_error(fault_of, row):
+    field, said = fault_of(row)
+    assert field == next(iter(row)) and "is null; a question is expected" in said
+    assert canonical({"instruction": None, "input": "q", "output": "a"}) == {"messages": [Q, A]}
+
+
+def test_answers_that_render_alike_are_no_pair(fault_of):
+    assert "are the same to the model" in fault_of({"prompt": "q", "chosen": "same", "rejected": "same "}, "preference")[1]
