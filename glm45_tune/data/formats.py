@@ -62,11 +62,13 @@ def field_of(row: dict, field: str) -> str:
         name, key, number = "conversations", "from", number - bool(row.get("system"))
         rest = {".role": ".from", ".content": ".value"}.get(rest, rest)
     places, before = [], None
-    for place, turn in enumerate(row[name]):
+    for place, turn in enumerate(row[name] if isinstance(row[name], list) else []):
         role = turn.get(key) if isinstance(turn, dict) else None
         if not (role in _CALLS and before == "assistant"):  # such a call became part of the turn before it
             places.append(place)
             before = _ALIASES.get(role, role) if isinstance(role, str) else None
+    if number >= len(places):
+        return field  # the messages are another field's: the recipe names a format
     return "system" if number < 0 else f"{name}[{places[number]}]{rest}"
 
 

@@ -236,6 +236,8 @@ def test_a_field_behind_calls_that_were_joined_is_named_by_its_own_number(fault_
     turns = [{"from": message["role"], "value": message["content"]} for message in messages]
     assert fault_of({"conversations": turns})[0] == "conversations[5].value"
     assert fault_of({"conversations": turns, "system": "s"})[0] == "conversations[5].value"
+    other = {"prompt": "q", "completion": [{"role": "bot"}], "messages": 5}
+    assert fault_of(other, format="prompt")[0] == "messages[1].role"
 
 
 def test_a_call_that_calls_nothing_is_an_error(fault_of):
