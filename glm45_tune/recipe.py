@@ -78,7 +78,7 @@ class DataConfig(Section):
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """A sample longer than seq_length: an error, left out, cut to its last turns, or made into several. All are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """skip trains the rest and says at start and end how many rows were left out. A source that breaks off is an error all the same."""
+    """skip trains the rest and says at start and end how many rows were left out. A source that breaks off stays an error."""
     turns: Literal["all", "last", "expand"] = "all"
     """Which assistant turns are trained: all, the last, or each as a sample of its own, in the context it has at inference."""
     packing: bool = True

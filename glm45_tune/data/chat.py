@@ -229,8 +229,8 @@ class ChatRenderer:
         roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
         if [self._kinds[ids[start]] for start in starts] != (roles if follows is None else [*roles, follows]):
             raise DataError(
-                f"a message's text holds one of the control tokens {', '.join((*ROLE_TOKENS.values(), ENDS_TEXT, *FRONT))}, which "
-                "would be read as a turn of its own or as the end of one. Remove it, or write it differently"
+                f"a message's text holds one of the control tokens {', '.join((*ROLE_TOKENS.values(), ENDS_TEXT, *FRONT))}, "
+                "which would be read as a turn of its own or as the end of one. Remove it, or write it differently"
             )
         return starts, owners, roles
 

@@ -62,7 +62,7 @@ class _Watched(io.FileIO):
 
 
 class _Zst(io.RawIOBase):
-    """What a .zst unpacks to, frame by frame. Raises EOFError in a frame without its end, which zstandard.open takes for the end."""
+    """What a .zst unpacks to, frame by frame. Raises EOFError in a frame without its end, which zstandard.open lets pass."""
 
     def __init__(self, file: io.BufferedReader):
         self._file, self._frame, self._packed, self._made = file, None, b"", b""
@@ -90,7 +90,7 @@ def read_rows(path: Path, behind: int = 0, read: Callable[[int], object] = int) 
     """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
 
     .csv has a header; of .txt the whole file is one text. behind: begin after this line. read: is told of bytes as they are read.
-    Raises DataError where a file cannot be read to its end: nobody knows how many rows that loses, so it is never one bad row.
+    Raises DataError where a file cannot be read to its end: how many rows are lost nobody knows; it is never one bad row.
     """
     if behind and _kind(path) != ".jsonl":
         yield from ((line, row) for line, row in read_rows(path, 0, read) if line > behind)

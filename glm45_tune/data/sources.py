@@ -107,7 +107,7 @@ def generated(source: str, streaming: bool = False) -> Iterable | None:
 
 
 def numbered(source: str, rows: Iterable) -> Iterator[Row]:
-    """Rows with their numbers. Raises DataError where they cannot be had to their end: a function or a client may raise anything."""
+    """Rows with their numbers. Raises DataError where they break off: a function or a client may raise anything."""
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
