@@ -386,6 +386,8 @@ def _ranks_run() -> bool:
 
 def main() -> None:
     """Entry point: user faults end in one sentence and their exit code, without a traceback."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
     try:
         app()
     except (UserError, StoppedError, VerificationError) as error:

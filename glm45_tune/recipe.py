@@ -78,7 +78,7 @@ class DataConfig(Section):
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """A sample longer than seq_length: an error, left out, cut to its last turns, or made into several. All are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """skip trains the rest and says at start and end how many rows were left out."""
+    """skip trains the rest and says at start and end how many rows were left out. A source that breaks off stays an error."""
     turns: Literal["all", "last", "expand"] = "all"
     """Which assistant turns are trained: all, the last, or each as a sample of its own, in the context it has at inference."""
     packing: bool = True
@@ -96,6 +96,13 @@ class DataConfig(Section):
     """Passed to the chat template as it is; null passes nothing. A row's own field wins."""
     train_empty_think: bool = False
     """Also train the empty thought of answers without one: so a model learns to stop thinking under the default prompt."""
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _names_some(cls, value):
+        if value is not None and not value:
+            raise ValueError("is empty; at least one source is expected (of eval: or leave it out)")
+        return value
 
     @model_validator(mode="after")
     def _one_kind_of_eval(self):

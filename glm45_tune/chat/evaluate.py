@@ -1,6 +1,7 @@
 """Ask a model every question of a data file, compare its answers with the file's, and measure how likely it finds those."""
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from glm45_tune.chat.answers import Answer, fault_of, typed
 from glm45_tune.chat.model import ChatModel
-from glm45_tune.data.chat import ChatRenderer, check_messages, check_tools
+from glm45_tune.data.chat import HALF_A_PAIR, ChatRenderer, check_messages, check_tools
 from glm45_tune.data.files import files_of
 from glm45_tune.data.formats import canonical
 from glm45_tune.data.sources import read_source
@@ -62,7 +63,10 @@ def load_questions(path: str) -> list[Question]:
             if answer["role"] != "assistant" or not messages:
                 raise DataError("the last message must be the assistant's answer to a question before it")
             calls = [call["function"] for call in answer.get("tool_calls", [])]
+            json.dumps(found, ensure_ascii=False, default=str).encode()
             questions.append(Question(messages, check_tools(found), answer["content"].strip(), calls, row, (file, line)))
+        except UnicodeEncodeError:
+            raise DataError(f"{file}:{line}: {HALF_A_PAIR}") from None
         except DataError as error:
             raise DataError(f"{file}:{line}: {error}") from None
     if not questions:

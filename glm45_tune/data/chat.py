@@ -21,7 +21,10 @@ NO_TEMPLATE = (
     "the checkpoint has no chat template (base models have none). It can learn plain text, the field text; for conversations put "
     "the chat_template.jinja of its chat model beside its tokenizer"
 )
+HALF_A_PAIR = "the text is no valid Unicode: it holds half of a surrogate pair"
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
+FRONT = ("[gMASK]", "<sop>")  # what GLM begins every text with
+ENDS_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,13 @@ class ChatRenderer:
     def __init__(self, tokenizer, options: DataConfig):
         self.tokenizer, self.options = tokenizer, options
         self._role_ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLE_TOKENS.items()}
+        # control tokens; None: one that opens no turn
         self._kinds = {token: role for role, token in self._role_ids.items()}
-        self._opens_turn = np.zeros(len(tokenizer), bool)  # by token id
-        self._opens_turn[list(self._kinds)] = True
+        self._front = [tokenizer.convert_tokens_to_ids(token) for token in FRONT]
+        others = [*self._front, tokenizer.convert_tokens_to_ids(ENDS_TEXT)]
+        self._kinds |= {token: None for token in others if token not in (None, tokenizer.unk_token_id)}
+        self._is_control = np.zeros(len(tokenizer), bool)  # by token id
+        self._is_control[list(self._kinds)] = True
         self._given, self._empty_think = self._prompted(), self._prompted(enable_thinking=False)
 
     def _prompted(self, **options) -> list[int]:
@@ -102,7 +109,7 @@ class ChatRenderer:
             (encoding,) = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return encoding.ids
         except TypeError:
-            raise DataError("the text is no valid Unicode: it holds half of a surrogate pair") from None
+            raise DataError(HALF_A_PAIR) from None
 
     def render(self, row: dict, source: str, line: int) -> Rendering:
         """Raises DataError naming `source` and `line` when the row cannot be rendered or would train nothing."""
@@ -152,8 +159,8 @@ class ChatRenderer:
 
     def _document(self, text: str) -> Tokens:
         """Plain text as GLM was pre-trained on it: behind [gMASK]<sop>, ended by <|endoftext|>, all of it trained."""
-        head = self._ids("[gMASK]<sop>")
-        body = self._ids(text) + [self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        head = self._ids("".join(FRONT))
+        body = self._ids(text) + [self.tokenizer.convert_tokens_to_ids(ENDS_TEXT)]
         mask = np.ones(len(head) + len(body), np.float32)
         mask[: len(head)] = 0
         return Tokens(np.array(head + body, np.int32), mask, len(head), [len(head)])
@@ -210,7 +217,9 @@ class ChatRenderer:
 
         the roles. follows: whose token stands at the end, behind all messages.
         """
-        starts = np.flatnonzero(self._opens_turn[ids]).tolist()
+        starts = np.flatnonzero(self._is_control[ids]).tolist()
+        if ids[: len(FRONT)] == self._front:
+            starts = starts[len(FRONT) :]
         owners = [-1] * bool(tools)  # the tool definitions have a role token of their own, and are no message
         before = None
         for number, message in enumerate(messages):
@@ -220,8 +229,8 @@ class ChatRenderer:
         roles = ["system" if number < 0 else messages[number]["role"] for number in owners]
         if [self._kinds[ids[start]] for start in starts] != (roles if follows is None else [*roles, follows]):
             raise DataError(
-                f"a message's text holds one of the control tokens {', '.join(ROLE_TOKENS.values())}, which would be read "
-                "as a turn of its own. Remove it, or write it differently"
+                f"a message's text holds one of the control tokens {', '.join((*ROLE_TOKENS.values(), ENDS_TEXT, *FRONT))}, "
+                "which would be read as a turn of its own or as the end of one. Remove it, or write it differently"
             )
         return starts, owners, roles
 
@@ -333,7 +342,7 @@ def check_tools(row: dict) -> list | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise DataError(f"is not JSON: {error}", "tools") from None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

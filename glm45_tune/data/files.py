@@ -17,6 +17,10 @@ from glm45_tune.errors import DataError
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _PACKED = (".gz", ".zst")
+# columns of a .csv that may hold JSON: always, or where it is messages (any other JSON there is the text to learn)
+_JSON = ("messages", "conversations", "history", "tools", "rejected_messages")
+_ANSWERS = ("prompt", "completion", "output", "response", "chosen", "rejected")
+_SWITCHES = ("label", "enable_thinking")
 csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
 
 
@@ -57,10 +61,36 @@ class _Watched(io.FileIO):
         return content
 
 
+class _Zst(io.RawIOBase):
+    """What a .zst unpacks to, frame by frame. Raises EOFError in a frame without its end, which zstandard.open lets pass."""
+
+    def __init__(self, file: io.BufferedReader):
+        self._file, self._frame, self._packed, self._made = file, None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._made:
+            self._packed = self._packed or self._file.read(1 << 14)
+            if not self._packed:
+                if self._frame:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._made, self._packed = memoryview(self._frame.decompress(self._packed)), self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._made))
+        buffer[:count], self._made = self._made[:count], self._made[count:]
+        return count
+
+
 def read_rows(path: Path, behind: int = 0, read: Callable[[int], object] = int) -> Iterator[tuple[int, dict | DataError]]:
     """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
 
     .csv has a header; of .txt the whole file is one text. behind: begin after this line. read: is told of bytes as they are read.
+    Raises DataError where a file cannot be read to its end: how many rows are lost nobody knows; it is never one bad row.
     """
     if behind and _kind(path) != ".jsonl":
         yield from ((line, row) for line, row in read_rows(path, 0, read) if line > behind)
@@ -79,8 +109,12 @@ def read_rows(path: Path, behind: int = 0, read: Callable[[int], object] = int) 
         zlib.error,
         zstandard.ZstdError,
         pyarrow.ArrowException,
+        DataError,
     ) as error:
-        yield line + 1, DataError(f"the file cannot be read on: {error}")
+        raise DataError(
+            f"{path}:{line + 1}: the file cannot be read on: {str(error).rstrip('.')}. Mend it or leave it "
+            "out; data.on_bad_row skips rows, never the rest of a file."
+        ) from None
 
 
 def _open(path: Path, read: Callable[[int], object]):
@@ -89,7 +123,7 @@ def _open(path: Path, read: Callable[[int], object]):
     if path.suffix == ".gz":
         file = gzip.open(file, "rb")
     elif path.suffix == ".zst":
-        file = io.BufferedReader(zstandard.open(file, "rb"))
+        file = io.BufferedReader(_Zst(file), 1 << 17)
     if _kind(path) in (".jsonl", ".parquet"):
         return file
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if _kind(path) == ".csv" else None)
@@ -113,37 +147,43 @@ def _json(file) -> Iterator:
     try:
         document = json.load(file)
     except (ValueError, RecursionError) as error:
-        yield 1, DataError(f"not JSON: {error}")
-        return
+        raise DataError(f"not JSON: {error}") from None
     if not isinstance(document, list):
-        yield 1, DataError(f"holds {type(document).__name__}; a list of rows is expected (or one row a line, as .jsonl)")
-        return
+        raise DataError(f"it holds {type(document).__name__}; a list of rows is expected (or one row a line, as .jsonl)")
     for number, row in enumerate(document, start=1):
         yield number, as_row(row)
 
 
 def _csv(file) -> Iterator:
     reader = csv.DictReader(file)
+    names = reader.fieldnames or []
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(f"its header has the column {twice[0]!r} more than once; every column needs a name of its own")
     for row in reader:
         if None in row:
             yield reader.line_num, DataError("has more cells than the header: quote a cell that holds a comma")
         else:
-            yield reader.line_num, _without_empty_cells(row)
+            yield reader.line_num, {key: _cell(key, value) for key, value in row.items() if value}
 
 
-def _without_empty_cells(row: dict) -> dict:
-    """An empty cell is an absent field; a cell that holds a JSON list or object is one."""
-    found = {}
-    for key, value in row.items():
-        if value in (None, ""):
-            continue
-        if value[0] in "[{":
-            try:
-                value = json.loads(value)
-            except ValueError:
-                pass  # text that begins with a bracket
-        found[key] = value
-    return found
+def _cell(column: str, text: str) -> object:
+    """What a cell means: text, unless its column may hold more."""
+    if column in _SWITCHES:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    if column not in (*_JSON, *_ANSWERS) or text.lstrip()[:1] not in ("[", "{"):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # that begins with a bracket
+    return value if column in _JSON or _is_messages(value) else text
+
+
+def _is_messages(value: object) -> bool:
+    """Told from an answer that is JSON: {"role": "admin"} may well be one."""
+    found = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    says = {"content", "value", "tool_calls", "reasoning_content"}
+    return any({"role", "from"} & item.keys() and says & item.keys() for item in found)
 
 
 def _txt(file) -> Iterator:

@@ -54,12 +54,22 @@ _KEPT = ("tools", "enable_thinking")
 
 def field_of(row: dict, field: str) -> str:
     """What the row itself calls a field of its messages: `conversations[1].from` for `messages[2].role` behind a system text."""
-    found = re.match(r"messages\[(\d+)\](.*)", field)
-    if not found or format_of(row) != "sharegpt":
+    found, form = re.match(r"messages\[(\d+)\](.*)", field), format_of(row)
+    if not found or form not in ("messages", "sharegpt"):
         return field
-    number = int(found[1]) - bool(row.get("system"))
-    rest = {".role": ".from", ".content": ".value"}.get(found[2], found[2])
-    return "system" if number < 0 else f"conversations[{number}]{rest}"
+    name, key, number, rest = "messages", "role", int(found[1]), found[2]
+    if form == "sharegpt":
+        name, key, number = "conversations", "from", number - bool(row.get("system"))
+        rest = {".role": ".from", ".content": ".value"}.get(rest, rest)
+    places, before = [], None
+    for place, turn in enumerate(row[name] if isinstance(row[name], list) else []):
+        role = turn.get(key) if isinstance(turn, dict) else None
+        if not (role in _CALLS and before == "assistant"):  # such a call became part of the turn before it
+            places.append(place)
+            before = _ALIASES.get(role, role) if isinstance(role, str) else None
+    if number >= len(places):
+        return field  # the messages are another field's: the recipe names a format
+    return "system" if number < 0 else f"{name}[{places[number]}]{rest}"
 
 
 def format_of(row: dict) -> str | None:
@@ -161,6 +171,8 @@ def _with_known_role(message: object) -> object:
         except (ValueError, TypeError) as error:
             raise DataError(f"is not JSON: {error}", f"content of a {message['role']}") from None
         calls = calls if isinstance(calls, list) else [calls]
+        if not calls:
+            raise DataError("holds no call; one, or a list of some, is expected", f"content of a {message['role']}")
         changed |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
     return changed
 
@@ -219,12 +231,13 @@ def _front(row: dict, field: str | None = None) -> list:
         return _sharegpt(row)
     if field == "prompt" and not isinstance(row.get("prompt"), str):
         return _system(row) + _known(_list(row, "prompt"))
-    if field == "instruction":
-        question = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input"))))
-    elif field:
-        question = _text(row, field)
-    else:
+    if field is None:
         raise DataError(f"is missing, and so are {', '.join(PROMPT_FIELDS[1:])}, which may stand in its place", "prompt")
+    question = _text(row, field)
+    if field == "instruction":
+        question = "\n".join(filter(None, (question, _text(row, "input"))))
+    if not question and row.get(field) is None:
+        raise DataError("is null; a question is expected, which the answer is to", field)
     return [*_system(row), *_history(row), {"role": "user", "content": question}]
 
 

@@ -71,6 +71,10 @@ class PairRenderer(ChatRenderer):
                 also = "; chosen and rejected are the same" if sides[0] == sides[1] else ""
                 raise DataError(f"has no assistant message behind what both share{also}", name)
             both.append(self._conversation(messages, tools, thinking, answers))
+        if np.array_equal(both[0].ids, both[1].ids):
+            raise DataError(
+                "and rejected are the same to the model: the chat template drops that in which they differ", "chosen"
+            )
         return self._cut_alike(*both)
 
     def _cut_alike(self, chosen: Tokens, rejected: Tokens) -> tuple[list[Tokens], Counter]:

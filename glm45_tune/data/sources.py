@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import os
 import random
 import re
@@ -102,12 +103,17 @@ def generated(source: str, streaming: bool = False) -> Iterable | None:
         return None
     if source.startswith(("hf:", "ms:")):
         return _hub(source, streaming)
-    return _function(source)() if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) else None
+    return _called(source) if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) else None
 
 
 def numbered(source: str, rows: Iterable) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
-        yield source, number, as_row(without_nulls(row))
+    """Rows with their numbers. Raises DataError where they break off: a function or a client may raise anything."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield source, number, as_row(without_nulls(row))
+    except Exception as error:
+        raise DataError(f"{source}:{number + 1}: this row cannot be had: {error!r}. Mend what yields it.") from error
 
 
 def _hub(source: str, streaming: bool) -> Iterable:
@@ -141,14 +147,37 @@ def _fetched(name: str) -> str:
         raise OSError(error.message) from error
 
 
+def _called(source: str) -> Iterable:
+    """What a user's function gives; it is a program and may raise anything."""
+    function = _function(source)
+    if not callable(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        came = "an async function" if callable(function) else type(function).__name__
+        raise DataError(f"{source}: is {came}; a plain function that yields or returns rows is expected.")
+    try:
+        rows = function()
+    except Exception as error:
+        raise DataError(f"{source}: the function, called without arguments, raised {error!r}.") from error
+    try:
+        return iter(rows)
+    except TypeError:
+        raise DataError(
+            f"{source}: returned {type(rows).__name__}; rows are expected: yield them, or return a list."
+        ) from None
+
+
 def _function(source: str):
     module, _, name = source.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's module lies where the command is typed
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{source}: no such file, and no such Python function: {error}.") from error
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise DataError(f"{source}: no such file, and no such Python function: {error}.") from error
+        raise DataError(f"{source}: the module {module} cannot be imported: {error!r}.") from error
+    if not hasattr(found, name):
+        raise DataError(f"{source}: no such file, and no such Python function: {found.__name__} has no {name}.")
+    return getattr(found, name)
 
 
 def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:

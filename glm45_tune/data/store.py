@@ -110,7 +110,7 @@ class Origins:
 
 def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
     """Changes with the bytes of the files, the tokenizer, its template, and every option that shapes a sample."""
-    digest = hashlib.sha256(f"5 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
+    digest = hashlib.sha256(f"6 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
     digest.update((tokenizer.chat_template or "").encode() + tokenizer.backend_tokenizer.to_str().encode())
     for file in files:
         digest.update(f"{file}\0".encode())
@@ -251,10 +251,13 @@ def store(key: str, rows: Iterable[Row], renderer: ChatRenderer, num_bytes: int)
     """Render into the cache under `key`, whole or not at all."""
     path = cache_directory() / f"{key}.arrow"
     staging = path.with_suffix(".partial")
-    faults, counts, num_rows = render_all(rows, renderer, staging, num_bytes)
-    staging.replace(path)
-    staging.write_text(json.dumps({"faults": faults, "counts": counts, "num_rows": num_rows}, ensure_ascii=False), "utf-8")
-    staging.replace(path.with_suffix(".json"))
+    try:
+        faults, counts, num_rows = render_all(rows, renderer, staging, num_bytes)
+        staging.replace(path)
+        staging.write_text(json.dumps({"faults": faults, "counts": counts, "num_rows": num_rows}), "utf-8")
+        staging.replace(path.with_suffix(".json"))
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def render_once(rows: Iterable[Row], renderer: ChatRenderer) -> tuple[StoredSamples, dict]:

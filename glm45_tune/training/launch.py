@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from glm45_tune.errors import DataError
 from glm45_tune.recipe import Recipe
 from glm45_tune.training.prepare import prepare, world_size
 from glm45_tune.training.ranks import Ranks
+
+_GIVEN = "the rows given"
 
 
 def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
@@ -20,9 +24,12 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
             rows = Path(holder) / "rows.jsonl"
             with open(rows, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
+                file.writelines(_as_line(number, row) for number, row in enumerate(data, start=1))
             changed = recipe.data.model_copy(update={"train": str(rows)})
-            return train(recipe.model_copy(update={"data": changed}))
+            try:
+                return train(recipe.model_copy(update={"data": changed}))
+            except DataError as error:  # the caller knows rows, and no file
+                raise DataError(re.sub(rf"{re.escape(str(rows))}:(\d+): ", rf"row \1 of {_GIVEN}: ", str(error))) from None
     if "RANK" in os.environ or not _is_for_several(recipe):
         from glm45_tune.mcore import runtime
         from glm45_tune.training import loop
@@ -37,6 +44,17 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
         resolved = Path(holder) / "recipe.yaml"
         resolved.write_text(recipe.to_yaml(), encoding="utf-8")
         return ranks.run(job.layout.world_size, ["train", str(resolved)])
+
+
+def _as_line(number: int, row: object) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"row {number} of {_GIVEN}: is {type(row).__name__}; a dict is expected.")
+    try:
+        return json.dumps(row) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"row {number} of {_GIVEN}: {error}; what JSON can hold is expected: text, numbers, lists, dicts."
+        ) from None
 
 
 def _is_for_several(recipe: Recipe) -> bool:
