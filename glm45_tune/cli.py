@@ -353,8 +353,7 @@ def evaluate(
     from glm45_tune.chat.model import ChatModel, check_model
     from glm45_tune.hub.evaluation import evaluate_run, is_run
 
-    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UserError(f"eval: --output {output} cannot be written: a file in a directory that is there is expected.")
+    asking.check_output(output)
     questions = {str(path): asking.load_questions(str(path)) for path in data}
     runs = [path for path in models if is_run(path)]
     if runs and adapter:
@@ -386,8 +385,7 @@ def _ranks_run() -> bool:
 
 def main() -> None:
     """Entry point: user faults end in one sentence and their exit code, without a traceback."""
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
+    sys.stdout.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
     try:
         app()
     except (UserError, StoppedError, VerificationError) as error:

@@ -15,7 +15,7 @@ from glm45_tune.data.chat import HALF_A_PAIR, ChatRenderer, check_messages, chec
 from glm45_tune.data.files import files_of
 from glm45_tune.data.formats import canonical
 from glm45_tune.data.sources import read_source
-from glm45_tune.errors import DataError
+from glm45_tune.errors import DataError, UserError
 from glm45_tune.recipe import DataConfig
 
 BATCH = 64
@@ -49,6 +49,12 @@ class Score:
 
     def document(self) -> dict:
         return asdict(self)
+
+
+def check_output(output: Path | None) -> None:
+    """Raise UserError, before anything is asked, where scores could not be written."""
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"eval: --output {output} cannot be written: a file in a directory that is there is expected.")
 
 
 def load_questions(path: str) -> list[Question]:
