@@ -1,7 +1,6 @@
 """The loop of reinforcement learning against a real vLLM on the CPU: three updates, each on the server before it writes again."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -37,14 +36,16 @@ def test_answers_under_way_come_back_as_they_are_and_go_on(checkpoints, on_a_cpu
     config = EngineConfig(
         kind="vllm", command=[*COMMAND, "--dtype", "float32", "--max-model-len", "2048"], start_seconds=900
     )
-    servers = Servers(config, str(checkpoints["air-no-mtp"]), 1.0, [1], tmp_path / "log")
+    model = checkpoints["air-no-mtp"]
+    ends = json.loads((model / "config.json").read_text())["eos_token_id"]  # a random model writes one every 200 tokens or so
+    servers = Servers(config, str(model), 1.0, ends, tmp_path / "log")
     servers.start()
     try:
-        started = time.monotonic()
         asked = [Request([5, 6, 7], 8), Request([5, 6, 8], 1900), Request([5, 6, 9], 1900)]
-        found = servers.generate(asked, 0, 3, lambda found: 0 in found and time.monotonic() > started + 3)
+        servers.generate(asked[:1], 0, 3)  # a server's first answer may take seconds, and the others stand behind it
+        found = servers.generate(asked, 0, 3, lambda found: 0 in found)
         assert [answer.finish for answer in found] == ["length", "broken off", "broken off"] and not servers.faults
-        assert all(0 < len(answer.token_ids) == len(answer.logprobs) < 1900 for answer in found[1:])
+        assert all(0 < len(answer.token_ids) == len(answer.logprobs) < 1900 for answer in found[1:]), found
         (more,) = servers.generate([Request([5, 6, 8, *found[1].token_ids], 8)], 0, 4)
         assert more.finish in ("length", "stop") and more.version == 4
         (nothing,) = servers.generate(asked[1:2], 0, 4, lambda found: True)
