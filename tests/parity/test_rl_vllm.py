@@ -32,21 +32,25 @@ def on_a_cpu(monkeypatch):
 
 
 def test_answers_under_way_come_back_as_they_are_and_go_on(checkpoints, on_a_cpu, tmp_path):
-    """Two long answers are broken off when a short one is there: tokens and log-probabilities of what was written, and no fault."""
-    config = EngineConfig(
-        kind="vllm", command=[*COMMAND, "--dtype", "float32", "--max-model-len", "2048"], start_seconds=900
-    )
-    model = checkpoints["air-no-mtp"]
-    ends = json.loads((model / "config.json").read_text())["eos_token_id"]  # a random model writes one every 200 tokens or so
+    """Long answers are broken off when a short one is there: tokens and log-probabilities of what was written, and no fault."""
+    # a random model writes an end of text sooner or later: of three kinds one is left
+    command = [*COMMAND, "--dtype", "float32", "--max-model-len", "2048", "--generation-config", "vllm"]
+    config, model = EngineConfig(kind="vllm", command=command, start_seconds=900), checkpoints["air-no-mtp"]
+    ends = json.loads((model / "config.json").read_text())["eos_token_id"]
     servers = Servers(config, str(model), 1.0, ends, tmp_path / "log")
     servers.start()
     try:
-        asked = [Request([5, 6, 7], 8), Request([5, 6, 8], 1900), Request([5, 6, 9], 1900)]
+        asked = [Request([5, 6, 7], 8), *(Request([5, 6, last], 1900) for last in range(8, 16))]
         servers.generate(asked[:1], 0, 3)  # a server's first answer may take seconds, and the others stand behind it
-        found = servers.generate(asked, 0, 3, lambda found: 0 in found)
-        assert [answer.finish for answer in found] == ["length", "broken off", "broken off"] and not servers.faults
-        assert all(0 < len(answer.token_ids) == len(answer.logprobs) < 1900 for answer in found[1:]), found
-        (more,) = servers.generate([Request([5, 6, 8, *found[1].token_ids], 8)], 0, 4)
+        for seed in range(3):  # beside other work a server may hear of the end only when all is written
+            found = servers.generate(asked, seed, 3, lambda found: 0 in found)
+            assert found[0].finish == "length" and not servers.faults
+            assert {answer.finish for answer in found[1:]} <= {"broken off", "stop"}, found
+            broken_off = [n for n, answer in enumerate(found) if answer.finish == "broken off" and answer.token_ids]
+            if broken_off:
+                break
+        assert broken_off and all(len(found[n].token_ids) == len(found[n].logprobs) < 1900 for n in broken_off), found
+        (more,) = servers.generate([Request([*asked[broken_off[0]].token_ids, *found[broken_off[0]].token_ids], 8)], 0, 4)
         assert more.finish in ("length", "stop") and more.version == 4
         (nothing,) = servers.generate(asked[1:2], 0, 4, lambda found: True)
         assert nothing.finish == "broken off" and not servers.faults
