@@ -379,13 +379,13 @@ def evaluate(
 
 
 def _ranks_run() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
+    return bool((distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized())
 
 
 def main() -> None:
     """Entry point: user faults end in one sentence and their exit code, without a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
     try:
         app()
     except (UserError, StoppedError, VerificationError) as error:

@@ -65,14 +65,14 @@ class ModelSpec:
             raise CheckpointError(f"{where}: tie_word_embeddings is true; GLM-4.5 checkpoints keep a head of their own.")
         if not config.get("norm_topk_prob", True):
             raise CheckpointError(f"{where}: norm_topk_prob is false; only true (as in every GLM-4.5 release) is known.")
-        rope = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
+        flat = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(nested := config.get(key) or {}, dict):
                 raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
-            rope |= nested
-        if (kind := rope.get("rope_type", "default")) != "default":
+            flat |= nested
+        if (kind := flat.get("rope_type", "default")) != "default":
             raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
-        number = partial(_number, rope, where)
+        number = partial(_number, flat, where)
         eos = config.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int for token in eos):

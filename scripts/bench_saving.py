@@ -7,6 +7,7 @@ of both has the same rows, so the steps that a save goes on beside are compared 
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 
 from glm45_tune.conversion.hf_files import plan_hf
@@ -16,6 +17,7 @@ from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
 from glm45_tune.tiny import checkpoint
 from glm45_tune.training.launch import train
+from glm45_tune.training.saver import Saver
 
 STEPS, INTERVAL = 24, 4
 DATA = Path(__file__).parents[1] / "data_examples" / "seats_at_once.jsonl"
@@ -32,6 +34,19 @@ def write_model(directory: Path, hidden: int) -> None:
     for file in [*plan_hf(source, 10**9), literal("config.json", json.dumps(config).encode())]:
         (directory / file.name).unlink(missing_ok=True)
         write_file(directory / file.name, source, file)
+
+
+def timed_saves() -> list[float]:
+    """Seconds that every Saver.save from now on takes: training stands still for it."""
+    seconds, save = [], Saver.save
+
+    def timed(self, facts: dict) -> None:
+        started = time.perf_counter()
+        save(self, facts)
+        seconds.append(time.perf_counter() - started)
+
+    Saver.save = timed
+    return seconds
 
 
 def step_seconds(root: Path, name: str, batch: int, interval: int | None) -> dict[int, float]:
@@ -57,7 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step: how long it takes beside what is saved")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    beside, apart = [], []
+    beside, apart, pauses = [], [], timed_saves()
     with tempfile.TemporaryDirectory(prefix="glm45_saving_") as holder:
         root = Path(holder)
         write_model(root / "model", options.hidden)
@@ -73,7 +88,7 @@ def main() -> None:
         print(
             f"{name}: {ratios[len(ratios) // 2]:.3f} of the time without (median of {len(ratios)}, {seconds[len(seconds) // 2]:.2f} s)"
         )
-    print(f"a checkpoint: {size / 1e6:.0f} MB")
+    print(f"a checkpoint: {size / 1e6:.0f} MB; training stands still for {sorted(pauses)[len(pauses) // 2]:.2f} s (median)")
 
 
 if __name__ == "__main__":
