@@ -105,10 +105,10 @@ def _close_groups() -> None:
 def _open_groups() -> None:
     """Speak once in every group. NCCL takes device memory of its own when a group first speaks, which is too late in the middle
 
-    of a step that has filled the card.
+    of a step that has filled the card. In the same order on every rank: two that speak first in different groups wait for ever.
     """
     spoken = torch.zeros(dist.get_world_size(), device=device())
-    for group in {
+    groups = (
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_expert_data_parallel_group(),
@@ -116,7 +116,8 @@ def _open_groups() -> None:
         parallel_state.get_expert_model_parallel_group(),
         parallel_state.get_expert_tensor_parallel_group(),
         parallel_state.get_context_parallel_group(),
-    }:
+    )
+    for group in dict.fromkeys(groups):  # a set would have an order of its own on each rank
         dist.all_reduce(spoken, group=group)
     ranks = parallel_state.get_expert_model_parallel_world_size()
     sent = torch.zeros(ranks, device=device())
