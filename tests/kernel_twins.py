@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from glm45_tune.mcore.layers import attention, experts, kernels, loss, swiglu
+from glm45_tune.mcore.layers import attention, experts, kernels, linear, loss, swiglu
 
 
 def close(ours, plain):
@@ -15,8 +15,10 @@ def close(ours, plain):
 
 
 def rows(new):
-    x, index, table = new(9, 70), torch.randint(0, 9, (21,)), torch.randint(0, 9, (5, 3))
-    close([kernels.gather_rows(x, index.to(x.device))], [x.cpu()[index]])
+    x, place, table = new(9, 70), torch.randperm(27).view(9, 3), torch.randint(0, 9, (5, 3))
+    spread = torch.empty(27, 70)
+    spread[place.flatten()] = x.cpu().repeat_interleave(3, 0)
+    close([kernels.spread_rows(x, place.to(x.device))], [spread])
     close([kernels.sum_rows(x, table.to(x.device))], [x.cpu()[table].sum(1)])
     more = new(5, 70)
     close([kernels.sum_rows(x, table.to(x.device), more)], [x.cpu()[table].sum(1) + more.cpu()])
@@ -43,15 +45,19 @@ def activation(new):
 
 
 def heads(new):
-    for groups, per_group, size in ((2, 3, 32), (1, 1, 16), (8, 12, 128)):
-        mixed = new(6, groups, per_group + 2, size)
-        table = attention.rotary_table(torch.tensor([0, 1, 2, 0, 1, 70]).to(mixed.device), size, 0.5, 1e4)
-        plain = mixed.cpu().requires_grad_()
-        outputs = attention.split_heads(plain, table.cpu())
-        close(kernels.split_heads(mixed, table, per_group), outputs)
+    for groups, per_group, size, r in ((2, 3, 32, 0), (1, 1, 16, 0), (8, 12, 128, 0), (2, 3, 64, 8), (8, 12, 128, 32), (1, 2, 128, 20)):
+        tokens, shape = 70, (groups, per_group + 2, size)
+        mixed, width = new(tokens, *shape), groups * (per_group + 2) * size
+        assert kernels.has_heads(size, size // 2) and kernels.adds_to_heads(size, size // 2) >= (r > 0)
+        table = attention.rotary_table(torch.arange(tokens).remainder(41).to(mixed.device), size, 0.5, 1e4)
+        factors = (new(tokens, r), new(width, r), 0.5) if r else ()
+        plain = mixed.cpu().flatten(1).requires_grad_()
+        low_rank = linear.LowRank(factors[0].cpu(), factors[1].cpu(), 0.5) if r else None
+        outputs = attention.split_heads(plain * 1.0, shape, table.cpu(), low_rank)
+        close(kernels.split_heads(mixed, table, per_group, *factors), outputs)
         gradients = [new(*output.shape) for output in outputs]
         torch.autograd.backward(outputs, [g.cpu() for g in gradients])
-        close([kernels.join_heads(*gradients, table, per_group)], [plain.grad])
+        close([kernels.join_heads(*gradients, table, per_group).flatten(1)], [plain.grad])
 
 
 def words(new):

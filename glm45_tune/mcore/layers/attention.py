@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from glm45_tune.data.context import Share
 from glm45_tune.mcore.layers import fast
 from glm45_tune.mcore.layers.context_parallel import context_attention
-from glm45_tune.mcore.layers.linear import ColumnLinear, RowLinear
+from glm45_tune.mcore.layers.linear import ColumnLinear, LowRank, RowLinear
 from glm45_tune.mcore.layers.norm import RMSNorm
 
 
@@ -39,30 +39,44 @@ def rotate(x_THD: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mixed, table, heads):
+    def forward(ctx, mixed, table, heads, narrow, lora_B, scaling):
         from glm45_tune.mcore.layers import kernels
 
-        ctx.save_for_backward(table)
-        ctx.heads = heads
-        return kernels.split_heads(mixed.contiguous(), table, heads)
+        ctx.save_for_backward(table, narrow, lora_B)
+        ctx.heads, ctx.scaling = heads, scaling
+        lora_B = None if lora_B is None else lora_B.contiguous()
+        return kernels.split_heads(mixed.contiguous(), table, heads, narrow, lora_B, scaling)
 
     @staticmethod
     def backward(ctx, query, key, value):
         from glm45_tune.mcore.layers import kernels
 
-        return kernels.join_heads(query, key, value, *ctx.saved_tensors, ctx.heads), None, None
+        table, *low_rank = ctx.saved_tensors
+        mixed = kernels.join_heads(query, key, value, table, ctx.heads)
+        narrow_out = B_out = None
+        if low_rank[0] is not None:
+            narrow_out, B_out = LowRank(*low_rank, ctx.scaling).backward(mixed.flatten(1))
+        return mixed, None, None, narrow_out, B_out, None
 
 
-def split_heads(mixed_TGXD: torch.Tensor, table: torch.Tensor | None):
-    """[T, G, heads of a group + 2, D], each group's queries, its key and its value → query [T, H, D], key and value [T, G, D].
+def split_heads(mixed: torch.Tensor, shape: tuple[int, int, int], table: torch.Tensor | None, low_rank: LowRank | None = None):
+    """[T, G · (heads + 2) · D], each group's queries, its key and its value → query [T, G · heads, D], key and value [T, G, D].
 
-    With a `rotary_table`, query and key come rotated.
+    shape: (G, heads + 2, D). With a `rotary_table`, query and key come rotated. low_rank: to be added to what comes in.
     """
-    heads = mixed_TGXD.shape[2] - 2
-    size = mixed_TGXD.shape[3]
-    if table is not None and mixed_TGXD.is_cuda and size & (size - 1) == 0:
-        return _SplitHeads.apply(mixed_TGXD, table, heads)
-    query, key, value = mixed_TGXD.split((heads, 1, 1), dim=2)
+    _, parts, size = shape
+    fits = adds = False
+    if table is not None and mixed.is_cuda:
+        from glm45_tune.mcore.layers import kernels
+
+        rotary = table.shape[-1]
+        fits, adds = kernels.has_heads(size, rotary), kernels.adds_to_heads(size, rotary)
+    if low_rank is not None and not adds:
+        mixed, low_rank = low_rank.add_to(mixed), None
+    mixed = mixed.view(mixed.shape[0], *shape)
+    if fits:
+        return _SplitHeads.apply(mixed, table, parts - 2, *(low_rank or (None, None, 1.0)))
+    query, key, value = mixed.split((parts - 2, 1, 1), dim=2)
     query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
     return (query, key, value) if table is None else (rotate(query, table), rotate(key, table), value)
 
@@ -118,13 +132,13 @@ class Attention(MegatronModule):
 
     def forward(self, hidden_states, rotary_pos_emb, packed_seq_params: PackedSeqParams, **_):
         """[T (cut under sequence parallel), 1, hidden] → same. rotary_pos_emb: `rotary_table` of the whole row."""
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed, low_rank = self.linear_qkv.in_parts(hidden_states)
         # each group's rows lie together: its query heads, its key, its value
-        mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_size)
+        shape = self.num_groups, self.heads_per_group + 2, self.head_size
         if self.q_layernorm is None:
-            query, key, value = split_heads(mixed, rotary_pos_emb)
+            query, key, value = split_heads(mixed, shape, rotary_pos_emb, low_rank)
         else:
-            query, key, value = split_heads(mixed, None)
+            query, key, value = split_heads(mixed, shape, None, low_rank)
             query = rotate(self.q_layernorm(query), rotary_pos_emb)
             key = rotate(self.k_layernorm(key), rotary_pos_emb)
         attend = partial(packed_attention, row=packed_seq_params)

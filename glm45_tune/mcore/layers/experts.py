@@ -23,12 +23,11 @@ from glm45_tune.mcore.layers.swiglu import swiglu_backward, swiglu_forward
 
 
 class Plan(NamedTuple):
-    """Where rows go. token: int [N], the token of each sorted row. slot: int [N], its place in the flat [T · K] choices.
+    """Where rows go. slot: int [N], the place of each sorted row in the flat [T · K] choices. place: int [T, K], the sorted row of
 
-    place: int [T, K], the sorted row of each choice. edges: int32 [E + 1], where each expert's rows begin, and the end.
+    each choice. edges: int32 [E + 1], where each expert's rows begin, and the end.
     """
 
-    token: torch.Tensor
     slot: torch.Tensor
     place: torch.Tensor
     edges: torch.Tensor
@@ -40,15 +39,16 @@ def plan_rows(experts: torch.Tensor, num_experts: int) -> Plan:
     place = torch.empty_like(slot).scatter_(0, slot, torch.arange(slot.numel(), device=slot.device))
     every = torch.arange(num_experts + 1, dtype=torch.int32, device=slot.device)
     edges = torch.searchsorted(chosen, every, out_int32=True)
-    return Plan(slot // experts.shape[1], slot, place.view_as(experts), edges)
+    return Plan(slot, place.view_as(experts), edges)
 
 
-def _gather(x, index):
+def _spread(x, plan):
+    """x [T, W] → [N, W], each token's row at every place it has."""
     if x.is_cuda:
         from glm45_tune.mcore.layers import kernels
 
-        return kernels.gather_rows(x.contiguous(), index)
-    return x[index]
+        return kernels.spread_rows(x.contiguous(), plan.place)
+    return x[plan.slot // plan.place.shape[1]]
 
 
 def _sum(y, index, more=None):
@@ -65,7 +65,7 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan: Plan):
         ctx.plan = plan
-        return _gather(x, plan.token)
+        return _spread(x, plan)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -82,7 +82,7 @@ class SumRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _gather(gradient, ctx.plan.token), gradient, None
+        return _spread(gradient, ctx.plan), gradient, None
 
 
 def _one_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -145,7 +145,7 @@ class Experts(torch.autograd.Function):
 
         ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; adapters: (scaling, dropout) of each. Returns [T, hidden].
         """
-        rows = _gather(x, plan.token)
+        rows = _spread(x, plan)
         weights = probs.flatten()[plan.slot]
         gate_up = grouped_mm(rows, fc1.transpose(1, 2), plan.edges)
         kept1 = kept2 = (None, None)
@@ -167,7 +167,7 @@ class Experts(torch.autograd.Function):
         plan, edges = ctx.plan, ctx.plan.edges
         fc1_out = fc2_out = A1_out = B1_out = A2_out = B2_out = None
         shared_out = gradient if ctx.needs_input_grad[8] else None
-        gradient = _gather(gradient, plan.token)
+        gradient = _spread(gradient, plan)
         hidden_out = grouped_mm(gradient, fc2, edges)
         needs_hidden = A2 is not None or ctx.needs_input_grad[3]
         if A2 is None:
@@ -182,7 +182,7 @@ class Experts(torch.autograd.Function):
         del gradient, hidden, hidden_out
         x_out = grouped_mm(gate_up_out, fc1, edges)
         if x is not None:
-            rows = _gather(x, plan.token)
+            rows = _spread(x, plan)
             if A1 is not None:
                 more, A1_out, B1_out = _lora_backward(gate_up_out, rows, kept[:2], A1, B1, *ctx.adapters[0], edges)
                 x_out.add_(more)

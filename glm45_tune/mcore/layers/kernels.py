@@ -13,19 +13,20 @@ WIDTH = 1024
 
 
 @triton.jit
-def _gather(x, index, out, width, BLOCK: tl.constexpr):
+def _spread(x, place, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(index + row).to(tl.int64)
-    values = tl.load(x + source * width + column, mask=column < width)
-    tl.store(out + row * width + column, values, mask=column < width)
+    values = tl.load(x + row * width + column, mask=column < width)
+    for choice in tl.static_range(K):
+        target = tl.load(place + row * K + choice).to(tl.int64)
+        tl.store(out + target * width + column, values, mask=column < width)
 
 
-def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [T, W] contiguous, index int [N] → x[index], [N, W]."""
-    out = x.new_empty(index.shape[0], x.shape[1])
+def spread_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """x [T, W] contiguous, place int [T, K], each of 0 … T · K − 1 once → out [T · K, W], out[place[t, k]] = x[t]."""
+    out = x.new_empty(place.numel(), x.shape[1])
     if out.numel():
-        _gather[(out.shape[0], triton.cdiv(x.shape[1], WIDTH))](x, index, out, x.shape[1], BLOCK=WIDTH)
+        _spread[(x.shape[0], triton.cdiv(x.shape[1], WIDTH))](x, place, out, x.shape[1], K=place.shape[1], BLOCK=WIDTH)
     return out
 
 
@@ -168,52 +169,76 @@ def swiglu_backward(
 
 
 @triton.jit
+def _more(narrow, lora_B, scaling, first, N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr):
+    """scaling · narrow [BLOCK, RANK] · lora_B[first : first + N]ᵀ, fp32."""
+    row, rank = first + tl.arange(0, N)[:, None], tl.arange(0, RANK)[None, :]
+    factor = tl.load(lora_B + row * R + rank, mask=rank < R, other=0.0)
+    return scaling * tl.dot(narrow, tl.trans(factor), input_precision="ieee")
+
+
+@triton.jit
 def _heads(
-    mixed, query, key, value, cos, sin, sign, rotary,
-    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, SIZE: tl.constexpr, JOIN: tl.constexpr, BLOCK: tl.constexpr,
+    mixed, query, key, value, cos, sin, sign, narrow, lora_B, scaling, tokens,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, JOIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    dim = tl.arange(0, SIZE)[None, :]
+    # neighbouring programs have neighbouring heads of the same tokens: neighbours in memory
+    SIZE: tl.constexpr = 2 * HALF + REST
+    head = tl.program_id(0)
+    token = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    inside = token < tokens
     group, place = head // (PER_GROUP + 2), head % (PER_GROUP + 2)
-    inside = head < GROUPS * (PER_GROUP + 2)
-    is_query, is_key = inside & (place < PER_GROUP), inside & (place == PER_GROUP)
-    is_value = inside & (place == PER_GROUP + 1)
-    to_query = query + (token * GROUPS * PER_GROUP + group * PER_GROUP + place) * SIZE
-    to_key, to_value = key + (token * GROUPS + group) * SIZE, value + (token * GROUPS + group) * SIZE
-    to_mixed = mixed + (token * GROUPS * (PER_GROUP + 2) + head) * SIZE
-    turned = (dim < rotary) & (place <= PER_GROUP)
-    half = rotary // 2
-    partner = tl.where(dim < half, dim + half, tl.where(dim < rotary, dim - half, dim))
-    if JOIN:
-        own = tl.load(to_query + dim, mask=is_query, other=0.0) + tl.load(to_key + dim, mask=is_key, other=0.0)
-        own += tl.load(to_value + dim, mask=is_value, other=0.0)
-        other = tl.load(to_query + partner, mask=is_query & turned, other=0.0)
-        other += tl.load(to_key + partner, mask=is_key & turned, other=0.0)
-    else:
-        own = tl.load(to_mixed + dim, mask=inside, other=0.0)
-        other = tl.load(to_mixed + partner, mask=inside & turned, other=0.0)
-    own, other = own.to(tl.float32), other.to(tl.float32)
-    c = tl.load(cos + token * rotary + dim, mask=dim < rotary, other=1.0)
-    s = tl.load(sin + token * rotary + dim, mask=dim < rotary, other=0.0) * sign
-    own = tl.where(turned, own * c + tl.where(dim < half, -other, other) * s, own).to(mixed.dtype.element_ty)
-    if JOIN:
-        tl.store(to_mixed + dim, own, mask=inside)
-    else:
-        tl.store(to_query + dim, own, mask=is_query)
-        tl.store(to_key + dim, own, mask=is_key)
-        tl.store(to_value + dim, own, mask=is_value)
+    own, pitch = value + group * SIZE, GROUPS * SIZE
+    if place < PER_GROUP:
+        own, pitch = query + (group * PER_GROUP + place) * SIZE, GROUPS * PER_GROUP * SIZE
+    elif place == PER_GROUP:
+        own = key + group * SIZE
+    own += token * pitch
+    at = mixed + token * GROUPS * (PER_GROUP + 2) * SIZE + head * SIZE
+    source, target = (own, at) if JOIN else (at, own)
+    low, high, rest = tl.arange(0, HALF)[None, :], HALF + tl.arange(0, HALF)[None, :], 2 * HALF + tl.arange(0, REST)[None, :]
+    a = tl.load(source + low, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + high, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(source + rest, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        rank = tl.arange(0, RANK)[None, :]
+        few = tl.load(narrow + token * R + rank, mask=inside & (rank < R), other=0.0)
+        a += _more(few, lora_B, scaling, head * SIZE, HALF, R, RANK)
+        b += _more(few, lora_B, scaling, head * SIZE + HALF, HALF, R, RANK)
+        c += _more(few, lora_B, scaling, head * SIZE + 2 * HALF, REST, R, RANK)
+    if place <= PER_GROUP:
+        across = tl.load(cos + token * 2 * HALF + low, mask=inside, other=0.0)
+        along = tl.load(sin + token * 2 * HALF + low, mask=inside, other=0.0) * sign
+        a, b = a * across - b * along, b * across + a * along
+    kind = mixed.dtype.element_ty
+    tl.store(target + low, a.to(kind), mask=inside)
+    tl.store(target + high, b.to(kind), mask=inside)
+    tl.store(target + rest, c.to(kind), mask=inside)
 
 
-def split_heads(mixed: torch.Tensor, table: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def has_heads(size: int, rotary: int) -> bool:
+    """Whether `split_heads` and `join_heads` take heads of this size, of which the first `rotary` dims turn."""
+    parts = rotary // 2, size - rotary
+    return all(part > 0 and part & (part - 1) == 0 for part in parts)
+
+
+def adds_to_heads(size: int, rotary: int) -> bool:
+    """Whether `split_heads` takes low-rank factors as well: a block's smallest side is 16."""
+    return has_heads(size, rotary) and min(rotary // 2, size - rotary) >= 16
+
+
+def split_heads(
+    mixed: torch.Tensor, table: torch.Tensor, heads: int, narrow=None, lora_B=None, scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mixed [T, G, heads + 2, D] contiguous (a group's queries, its key, its value) → rotated query [T, G · heads, D], rotated key
 
-    and value [T, G, D]. table: cos and sin, fp32 [2, T, 1, rotary dims].
+    and value [T, G, D]. table: cos and sin, fp32 [2, T, 1, rotary dims]. With narrow [T, r] and lora_B [G · (heads + 2) · D, r], both
+    contiguous, of mixed + scaling · narrow · lora_Bᵀ.
     """
     tokens, groups, _, size = mixed.shape
     query = mixed.new_empty(tokens, groups * heads, size)
     key, value = mixed.new_empty(2, tokens, groups, size)
-    _launch_heads(mixed, query, key, value, table, heads, sign=1.0, join=False)
+    _launch_heads(mixed, query, key, value, table, heads, 1.0, False, narrow, lora_B, scaling)
     return query, key, value
 
 
@@ -221,17 +246,18 @@ def join_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tabl
     """The transpose of `split_heads`: gradients of query, key and value → gradient of mixed."""
     tokens, groups, size = key.shape
     mixed = query.new_empty(tokens, groups, heads + 2, size)
-    _launch_heads(mixed, query.contiguous(), key.contiguous(), value.contiguous(), table, heads, sign=-1.0, join=True)
+    _launch_heads(mixed, query.contiguous(), key.contiguous(), value.contiguous(), table, heads, -1.0, True)
     return mixed
 
 
-def _launch_heads(mixed, query, key, value, table, heads, sign, join):
+def _launch_heads(mixed, query, key, value, table, heads, sign, join, narrow=None, lora_B=None, scaling=1.0):
     tokens, groups, _, size = mixed.shape
-    block = 8
-    grid = (tokens, triton.cdiv(groups * (heads + 2), block))
-    _heads[grid](
-        mixed, query, key, value, table[0], table[1], sign, table.shape[-1],
-        GROUPS=groups, PER_GROUP=heads, SIZE=size, JOIN=join, BLOCK=block,
+    rotary, r = table.shape[-1], 0 if narrow is None else narrow.shape[1]
+    block = 64
+    _heads[(groups * (heads + 2), triton.cdiv(tokens, block))](
+        mixed, query, key, value, table[0], table[1], sign, narrow, lora_B, scaling, tokens,
+        GROUPS=groups, PER_GROUP=heads, HALF=rotary // 2, REST=size - rotary,
+        R=r, RANK=max(16, triton.next_power_of_2(r)) if r else 0, JOIN=join, BLOCK=block,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """megatron's tensor-parallel linears with room for a LoRA adapter beside the weight."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
@@ -11,34 +13,55 @@ from megatron.core.tensor_parallel import (
 )
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x [T, in] → x · weightᵀ + bias + scaling · dropout(x) · lora_Aᵀ · lora_Bᵀ; the weight and bias are frozen.
+class LowRank(NamedTuple):
+    """What an adapter adds to a linear's output [T, out]: scaling · narrow · lora_Bᵀ; narrow [T, r], lora_B [out, r]."""
 
-    The second product is added by its own GEMM, in place. Kept for the backward: x and the narrow product.
-    """
+    narrow: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
 
+    def add_to(self, output: torch.Tensor) -> torch.Tensor:
+        """In place, by a product of its own."""
+        return _Add.apply(output, *self)
+
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of the output [T, out] → gradients of narrow and lora_B."""
+        return (gradient @ self.lora_B).mul_(self.scaling), (gradient.t() @ self.narrow).mul_(self.scaling)
+
+
+class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout):
-        output = F.linear(x, weight, bias)
-        dropped, mask = (x, None) if dropout == 0 else torch.native_dropout(x, dropout, True)
-        narrow = F.linear(dropped, lora_A)
-        output.addmm_(narrow, lora_B.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, narrow, mask)
-        ctx.scaling, ctx.keep = scaling, 1 - dropout
-        return output
+    def forward(ctx, output, narrow, lora_B, scaling):
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(narrow, lora_B)
+        ctx.scaling = scaling
+        return output.addmm_(narrow, lora_B.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, lora_A, lora_B, narrow, mask = ctx.saved_tensors
-        narrow_out = (gradient @ lora_B).mul_(ctx.scaling)
-        B_out = (gradient.t() @ narrow).mul_(ctx.scaling)
+        return gradient, *LowRank(*ctx.saved_tensors, ctx.scaling).backward(gradient), None
+
+
+class _Frozen(torch.autograd.Function):
+    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ); the weight and bias are frozen. Kept for the backward: x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, dropout):
+        dropped, mask = (x, None) if dropout == 0 else torch.native_dropout(x, dropout, True)
+        ctx.save_for_backward(x, weight, lora_A, mask)
+        ctx.keep = 1 - dropout
+        return F.linear(x, weight, bias), F.linear(dropped, lora_A)
+
+    @staticmethod
+    def backward(ctx, gradient, narrow_out):
+        x, weight, lora_A, mask = ctx.saved_tensors
         x_out = gradient @ weight
         if mask is None:
             x_out.addmm_(narrow_out, lora_A)
         else:
             x = torch.ops.aten.native_dropout_backward(x, mask, 1 / ctx.keep)
             x_out += torch.ops.aten.native_dropout_backward(narrow_out @ lora_A, mask, 1 / ctx.keep)
-        return x_out, None, None, narrow_out.t() @ x, B_out, None, None
+        return x_out, None, None, narrow_out.t() @ x, None
 
 
 class _WithAdapter:
@@ -48,14 +71,19 @@ class _WithAdapter:
         super().__init__(*args, **kwargs)
         self.register_module("adapter", None)
 
+    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, LowRank | None]:
+        """x [T, 1, in] as this rank's weight takes it → the base's [T, out] and what the adapter adds, before any sum over ranks."""
+        adapter, x = self.adapter, x.flatten(0, 1)
+        if not adapter.enabled:
+            return F.linear(x, self.weight, self.bias), None
+        lora_A, lora_B = adapter.factors()
+        output, narrow = _Frozen.apply(x, self.weight, self.bias, lora_A, adapter.dropout if self.training else 0.0)
+        return output, LowRank(narrow, lora_B, adapter.scaling)
+
     def with_lora(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, 1, in] as this rank's weight takes it → [T, 1, out] before any sum over ranks."""
-        adapter = self.adapter
-        if not adapter.enabled:  # the base's product as it is made below
-            return F.linear(x.flatten(0, 1), self.weight, self.bias).unsqueeze(1)
-        dropout = adapter.dropout if self.training else 0.0
-        output = _LoraLinear.apply(x.flatten(0, 1), self.weight, self.bias, *adapter.factors(), adapter.scaling, dropout)
-        return output.unsqueeze(1)
+        """The same added, [T, 1, out]."""
+        output, low_rank = self.in_parts(x)
+        return (output if low_rank is None else low_rank.add_to(output)).unsqueeze(1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         adapter, self.adapter = self.adapter, None  # its tensors have layouts of their own
@@ -72,9 +100,14 @@ class ColumnLinear(_WithAdapter, ColumnParallelLinear):
     def forward(self, x: torch.Tensor, *args, **kwargs):
         if self.adapter is None:
             return super().forward(x, *args, **kwargs)
+        return self.with_lora(x), None
+
+    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, LowRank | None]:
+        if self.adapter is None:
+            return super().forward(x)[0].flatten(0, 1), None
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return self.with_lora(x), None
+        return super().in_parts(x)
 
 
 class RowLinear(_WithAdapter, RowParallelLinear):
