@@ -255,13 +255,14 @@ class TrainConfig(Section):
     """A step whose loss or gradient is not finite updates nothing; after so many in a row the run ends."""
     distributed_timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """How long a rank may take over one pass, an update or a load before the run ends and says which rank hangs, and where."""
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_granularity: Literal["auto", "full", "selective"] | None = None
+    """auto: full with block, the fewest layers that leave room on the cards the run finds itself on, stage by stage."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""
     recompute_num_layers: Positive = 1
     recompute_modules: list[Literal["core_attn", "attention", "mlp", "moe"]] | None = None
     """Of selective (null: core_attn): what is computed again in backward, attention being the whole half of a layer around
-    core_attn. Of full with block: the same in the layers that are not recomputed whole."""
+    core_attn. Of full with block, and of auto: the same in the layers that are not recomputed whole."""
 
     @model_validator(mode="after")
     def _one_length(self):

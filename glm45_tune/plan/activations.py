@@ -101,9 +101,9 @@ class Sizes:
         return self.is_full or self.pairs(matrix) > 0
 
     def again(self, module: str) -> bool:
-        """Whether this part of a layer is computed again in backward: of selective, and of block in the layers it leaves."""
+        """Whether this part of a layer is computed again in backward: of selective, and of block and auto in the layers they leave."""
         train = self.recipe.train
-        if self.is_whole or train.recompute_granularity not in ("selective", "full"):
+        if self.is_whole or train.recompute_granularity is None:
             return False
         if train.recompute_granularity == "full" and train.recompute_method == "uniform":
             return False

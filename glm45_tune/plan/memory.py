@@ -1,9 +1,7 @@
 """Memory of every rank, stage by stage: what is always there, what backward holds at its worst moment, what still fits."""
 
 from dataclasses import dataclass, field, replace
-from math import ceil
 
-from glm45_tune.errors import LayoutError
 from glm45_tune.layout import Layout
 from glm45_tune.plan import activations as acts
 from glm45_tune.plan.activations import DTYPE_BYTES, Sizes, total
@@ -71,11 +69,6 @@ class Recompute:
 
     layers: tuple[bool, ...]
     run: int = 0
-
-    @classmethod
-    def first(cls, again: int, count: int) -> "Recompute":
-        """The first layers: their turn in backward comes when the others' activations are gone."""
-        return cls((True,) * again + (False,) * (count - again))
 
 
 class Model:
@@ -159,7 +152,10 @@ class Model:
             return Recompute((False,) * count)
         if train.recompute_method == "uniform":
             return Recompute((True,) * count, train.recompute_num_layers)
-        again = train.recompute_num_layers
+        return self.first_layers(stage, train.recompute_num_layers)
+
+    def first_layers(self, stage: int, again: int) -> "Recompute":
+        """Of each of a stage's segments the first layers: their turn in backward comes when the others' activations are gone."""
         sizes = self.segments[stage :: len(self.stages)]
         return Recompute(tuple(n < again for size in sizes for n in range(size)))
 
@@ -237,34 +233,16 @@ class Model:
         """Every stage as the recipe says."""
         return [self.memory(stage, self.by_recipe(stage)) for stage in range(len(self.stages))]
 
-    def least(self, stage: int, free_bytes: float) -> StageMemory | None:
-        """The stage with the fewest layers computed again that needs no more than free_bytes; None when none will do."""
-        count = self.stages[stage]
+    def least(self, stage: int, free_bytes: float) -> int | None:
+        """The fewest layers of a segment to compute again with which the stage needs no more than free_bytes; None: none will do."""
+        low, high = 0, max(self.segments[stage :: len(self.stages)])
 
-        def of(again: int) -> StageMemory:
-            return self.memory(stage, Recompute.first(again, count))
+        def fits(again: int) -> bool:
+            return self.memory(stage, self.first_layers(stage, again)).needed <= free_bytes
 
-        if of(count).needed > free_bytes:
+        if not fits(high):
             return None
-        low, high = 0, count
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if of(middle).needed <= free_bytes else (middle + 1, high)
-        return of(low)
-
-
-def least_recompute(spec: ModelSpec, layout: Layout, recipe: Recipe, free_bytes: float, stage: int) -> list[bool]:
-    """For each layer of a pipeline stage whether backward should compute it again: the fewest that fit.
-
-    free_bytes: what the card has free before anything of the run is on it; weights, gradients, optimizer and a margin come off
-    it here. Recomputed are the first n layers, as megatron's recompute_method block does it. Raises LayoutError when not even all of them suffice.
-    """
-    found = Model(spec, layout, recipe).least(stage, free_bytes)
-    if found is None:
-        model = Model(spec, layout, recipe)
-        least = model.memory(stage, Recompute.first(model.stages[stage], model.stages[stage]))
-        raise LayoutError(
-            f"stage {stage} needs {ceil(least.needed / GIB * 10) / 10:.1f} GiB a rank with every layer recomputed; "
-            f"{free_bytes / GIB:.1f} GiB are free. glm45-tune plan RECIPE --search shows layouts that fit."
-        )
-    return list(found.recompute)
+            low, high = (low, middle) if fits(middle) else (middle + 1, high)
+        return low

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from glm45_tune.errors import LayoutError, RecipeError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
-from glm45_tune.plan.memory import GIB, Model, Recompute, StageMemory
+from glm45_tune.plan.memory import GIB, Model, StageMemory
 from glm45_tune.plan.timing import StepTime, step_seconds
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
@@ -86,8 +86,25 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
     model = Model(spec, layout, recipe)
     stages = model.all_stages()
     if recipe.train.recompute_granularity == "auto":
-        stages = _least(model, hardware) or [model.memory(s, Recompute.first(n, n)) for s, n in enumerate(model.stages)]
+        stages = _least(model, hardware) or [model.memory(s, model.first_layers(s, n)) for s, n in enumerate(model.stages)]
     return _of(model, hardware, stages)
+
+
+def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, card: Card) -> Recipe:
+    """The recipe as the ranks of a stage run it: recompute `auto` is as many first layers as `plan` says of this card, or all of them
+
+    where even that is too little by its count.
+    """
+    if recipe.train.recompute_granularity != "auto":
+        return recipe
+    model = Model(spec, layout, recipe)
+    again = model.least(stage, card.memory_gib * GIB)
+    if again == 0:
+        chosen = {"recompute_granularity": "selective" if recipe.train.recompute_modules else None}
+    else:
+        num_layers = model.stages[stage] if again is None else again
+        chosen = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": num_layers}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=chosen)})
 
 
 def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
@@ -100,10 +117,10 @@ def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
 def _least(model: Model, hardware: Hardware) -> list[StageMemory] | None:
     stages = []
     for stage in range(len(model.stages)):
-        found = model.least(stage, hardware.card.memory_gib * GIB)
-        if found is None:
+        again = model.least(stage, hardware.card.memory_gib * GIB)
+        if again is None:
             return None
-        stages.append(found)
+        stages.append(model.memory(stage, model.first_layers(stage, again)))
     return stages
 
 

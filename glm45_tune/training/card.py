@@ -1,14 +1,35 @@
 """The card a rank runs on, as the planner knows it."""
 
-import torch
+import os
+from dataclasses import replace
+from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+from glm45_tune.mcore import runtime
 from glm45_tune.plan.cards import CARDS, Card, find_card
 
 
 def this_card() -> Card:
-    """A known one by its name; another with an H100's speeds and its own memory; on a CPU, speeds of 0."""
-    if not torch.cuda.is_available():
-        return find_card("cpu")
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    known = [card for name, card in CARDS.items() if name in found.name.lower()]
-    return known[0] if known else find_card(f"h100:memory_gib={found.total_memory / 2**30:.1f}")
+    """A known card by its name; another with an H100's speeds; on a CPU, speeds of 0. memory_gib: what is free, the least of all ranks.
+
+    Called by all ranks together, when they have joined and hold nothing yet: what NCCL has taken is gone from what is free.
+    """
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower()
+        known = [card for key, card in CARDS.items() if key in name]
+        card = max(known, key=lambda card: len(card.name), default=CARDS["h100"])  # "h200" has "h20" in it
+    else:
+        card = find_card("cpu")
+    free = torch.tensor(_free_gib(), dtype=torch.float64, device=runtime.device())
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    return replace(card, memory_gib=free.item())
+
+
+def _free_gib() -> float:
+    """Of this rank's card, or its share of this host's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 2**30
+    words = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return int(words["MemAvailable"].split()[0]) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -13,7 +13,6 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from glm45_tune.errors import StoppedError, UserError, VerificationError
 from glm45_tune.plan import planner, report
 from glm45_tune.plan.planner import Hardware
-from glm45_tune.training.card import this_card
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.watchdog import Watchdog
 
@@ -57,7 +56,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _out_of_memory(job: Job, watchdog: Watchdog, error: Exception) -> str:
-    card = this_card()
+    card = job.card
     hardware = Hardware(card, job.layout.world_size, max(torch.cuda.device_count(), 1), job.recipe.data.seq_length)
     now = planner.plan(job.source.spec, job.recipe, job.layout, hardware)
     fitting = planner.search(job.source.spec, job.recipe, hardware)

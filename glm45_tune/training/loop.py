@@ -8,11 +8,13 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from glm45_tune.conversion import adapter
 from glm45_tune.errors import STOPPED, StoppedError
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
+from glm45_tune.plan import planner
 from glm45_tune.training import failure, record, run_directory, summary
 from glm45_tune.training.card import this_card
 from glm45_tune.training.interruption import Interruption
@@ -61,6 +63,7 @@ def run(job: Job) -> int:
     """
     settings = job.recipe.train
     runtime.start(job.layout, settings.seed, settings.deterministic, settings.distributed_timeout_minutes)
+    job.card = this_card()
     opened = contextlib.nullcontext()
     if dist.get_rank() == 0:
         opened = run_directory.opened(job.recipe, job.facts | record.facts(job))
@@ -71,7 +74,9 @@ def run(job: Job) -> int:
 
 def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
-    trainer = Trainer(job.recipe, job.layout, job.source, watchdog.enter)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, stage, job.card)
+    trainer = Trainer(recipe, job.layout, job.source, watchdog.enter)
     method: Method = METHODS[job.kind](job, trainer)
     saver = Saver(job, trainer)
     watchdog.enter("loading the last checkpoint")
@@ -161,8 +166,8 @@ def _step(job: Job, method: Method, step: int) -> dict[str, float]:
     flops = values.pop("flops", 0.0) / seconds / job.layout.world_size / 1e12
     if flops:
         values["perf/model_tflops_per_gpu"] = flops
-        if peak := this_card().tflops:
-            values["perf/mfu"] = flops / peak
+        if job.card.tflops:
+            values["perf/mfu"] = flops / job.card.tflops
     return values | {
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": speed,

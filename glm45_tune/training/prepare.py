@@ -14,6 +14,7 @@ from glm45_tune.data.sources import RENDERERS, Corpus, kind_for, load_data
 from glm45_tune.data.stream import Stream, load_stream
 from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
+from glm45_tune.plan.cards import Card
 from glm45_tune.recipe import Recipe
 from glm45_tune.rl.rewards import check_rewards
 from glm45_tune.training import run_directory
@@ -41,6 +42,8 @@ class Job:
     tokenizer: object
     facts: dict
     """What the run is, on the first rank: see run_directory.py."""
+    card: Card | None = None
+    """What each rank runs on, known when they have joined."""
     last_rows: list[list[Sample]] = field(default_factory=list)
     """Those of the last step that was asked for."""
 

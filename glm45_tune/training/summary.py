@@ -7,7 +7,6 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.plan.memory import GIB
 from glm45_tune.plan.planner import Hardware
-from glm45_tune.training.card import this_card
 from glm45_tune.training.prepare import Job
 
 
@@ -27,22 +26,33 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"
         + ("" if job.stream else f", {job.plan.steps_per_epoch} an epoch"),
         f"update    lr {recipe.optimizer.lr:g}, {recipe.optimizer.warmup_ratio:.0%} warm-up, clipped at {recipe.optimizer.clip_grad:g}",
-        f"recompute {recipe.train.recompute_granularity or 'none'}",
+        f"recompute {_recompute_line(job)}",
         f"memory    {_memory_line(job)}",
         f"saving    {_saving_line(job)}",
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),
     ]
 
 
+def _recompute_line(job: Job) -> str:
+    train = job.recipe.train
+    if train.recompute_granularity != "auto":
+        return train.recompute_granularity or "none"
+    spec, layout = job.source.spec, job.layout
+    stages = range(layout.pipeline_model_parallel_size)
+    chosen = [planner.with_recompute(spec, job.recipe, layout, stage, job.card).train for stage in stages]
+    counts = [train.recompute_num_layers if train.recompute_granularity == "full" else 0 for train in chosen]
+    return f"auto: the first {', '.join(map(str, counts))} layers" + (" of the stages" if len(counts) > 1 else "")
+
+
 def _memory_line(job: Job) -> str:
-    card = this_card()
+    card = job.card
     hardware = Hardware(card, job.layout.world_size, 8, job.recipe.data.seq_length)
     try:
         worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware).worst
     except UserError:  # the planner wants rows that tensor ranks divide; training pads them
-        return f"of {card.memory_gib:.0f} GiB"
+        return f"{card.memory_gib:.0f} GiB free"
     return (
-        f"{worst.needed / GIB:.1f} GiB planned of {card.memory_gib:.0f}: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
+        f"{worst.needed / GIB:.1f} GiB planned of {card.memory_gib:.0f} free: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
         f"{worst.gradients / GIB:.1f}, optimizer {worst.optimizer / GIB:.1f}, activations {(worst.activations + worst.working) / GIB:.1f}"
     )
 

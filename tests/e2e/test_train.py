@@ -194,3 +194,28 @@ def test_a_base_model_without_a_template_learns_text_and_says_what_conversations
     assert code == 2 and f"{corpus}:1: the checkpoint has no chat template" in said.replace("\n", "")
     code, _, said = cli("chat", tmp_path / "tuned", "--prompt", "?")
     assert code == 2 and "put the chat_template.jinja of its chat model beside its tokenizer" in said.replace("\n", " ")
+
+
+def test_auto_recompute_is_the_least_that_the_free_memory_allows(
+    train_here, make_recipe, checkpoints, corpus, tmp_path, monkeypatch, capsys
+):
+    """Room for all but two of the layers' activations, room for all, and room for none: the same losses, and it says what it chose."""
+    from glm45_tune.plan.memory import GIB, Model
+    from glm45_tune.recipe import Recipe
+    from glm45_tune.spec import ModelSpec
+    from glm45_tune.training import card
+
+    spec = ModelSpec.from_config(json.loads((checkpoints["355b"] / "config.json").read_text()), "config.json")
+    document = make_recipe(
+        checkpoints["355b"], corpus, tmp_path / "plain", **LORA, train={"steps": 2, "recompute_granularity": "auto"}
+    )
+    recipe = Recipe.from_dict(document)
+    model = Model(spec, recipe.parallel.layout(), recipe)
+    needed = [model.memory(0, model.first_layers(0, again)).needed / GIB for again in range(spec.num_layers + 1)]
+    assert all(more > less for more, less in zip(needed, needed[1:]))
+    runs = []
+    for chosen, free in ((0, 100.0), (2, needed[2]), (spec.num_layers, 0.5)):
+        monkeypatch.setattr(card, "_free_gib", lambda free=free: free)
+        runs.append(losses(train_here(document | {"output_dir": str(tmp_path / str(chosen))})))
+        assert f"recompute auto: the first {chosen} layers" in capsys.readouterr().err
+    assert runs[0] == runs[1] == runs[2]

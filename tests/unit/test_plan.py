@@ -15,9 +15,9 @@ from glm45_tune.errors import LayoutError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan import rates
 from glm45_tune.plan.cards import CARDS, find_card
-from glm45_tune.plan.memory import GIB, Model, Recompute, least_recompute
+from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.plan.models import find_spec
-from glm45_tune.plan.planner import Hardware, plan, search
+from glm45_tune.plan.planner import Hardware, plan, search, with_recompute
 from glm45_tune.plan.timing import step_seconds
 from glm45_tune.recipe import Recipe
 
@@ -139,18 +139,14 @@ def _air(*overrides: str) -> tuple:
 @pytest.mark.parametrize("gib", [72, 79.1, 95.2, 130])
 def test_the_least_recompute_is_the_least(gib):
     """It fits, and with one layer less it would not."""
-    spec, layout, recipe = _air()
-    found = least_recompute(spec, layout, recipe, gib * GIB, 0)
-    again, count = sum(found), len(found)
-    assert count == 46 and found == [True] * again + [False] * (count - again)
-    model = Model(spec, layout, recipe)
-    assert model.memory(0, Recompute.first(again, count)).needed <= gib * GIB
-    assert again == 0 or model.memory(0, Recompute.first(again - 1, count)).needed > gib * GIB
+    model = Model(*_air())
+    again = model.least(0, gib * GIB)
+    assert model.memory(0, model.first_layers(0, again)).needed <= gib * GIB
+    assert again == 0 or model.memory(0, model.first_layers(0, again - 1)).needed > gib * GIB
 
 
 def test_no_recompute_is_enough_for_too_little_memory():
-    with pytest.raises(LayoutError, match="every layer recomputed; 60.0 GiB are free"):
-        least_recompute(*_air(), 60 * GIB, 0)
+    assert Model(*_air()).least(0, 60 * GIB) is None
 
 
 def test_laws_of_memory():
@@ -233,12 +229,20 @@ def test_config_json_alone_is_enough(tmp_path, cli):
         find_spec(str(tmp_path))
 
 
-def test_auto_recompute_is_planned_as_the_least(tmp_path):
-    """Where a recipe says auto, the plan shows what `least_recompute` would choose for the card."""
-    spec, layout, recipe = _air()
-    train = recipe.train.model_copy(update={"recompute_granularity": "auto"})
-    found = plan(spec, recipe.model_copy(update={"train": train}), layout, Hardware(CARDS["h20"], 4, 8, 8192))
-    assert list(found.stages[0].recompute) == least_recompute(spec, layout, recipe, CARDS["h20"].memory_gib * GIB, 0)
+@pytest.mark.parametrize("gib", [60, 79.1, 90, 140])
+@pytest.mark.parametrize("overrides", [(), ("parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=2"),
+    ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=3", "parallel.expert_model_parallel_size=2")])  # fmt: skip
+def test_auto_recompute_runs_as_it_is_planned(gib, overrides):
+    """What the ranks of each stage run is what the plan shows: the least that fits the card, or all where nothing does."""
+    spec, layout, recipe = _air("train.recompute_granularity=auto", *overrides)
+    card = dataclasses.replace(CARDS["h20"], memory_gib=gib)
+    shown = plan(spec, recipe, layout, Hardware(card, 4, 8, 8192))
+    for stage, memory in enumerate(shown.stages):
+        run = with_recompute(spec, recipe, layout, stage, card)
+        assert Model(spec, layout, run).all_stages()[stage].recompute == memory.recompute
+        assert Model(spec, layout, run).all_stages()[stage].needed == memory.needed
+        least = Model(spec, layout, recipe).least(stage, gib * GIB)
+        assert all(memory.recompute) if least is None else (memory.needed <= gib * GIB)
 
 
 def test_the_memory_benchmark_predicts_without_a_card():
