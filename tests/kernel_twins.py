@@ -45,7 +45,14 @@ def activation(new):
 
 
 def heads(new):
-    for groups, per_group, size, r in ((2, 3, 32, 0), (1, 1, 16, 0), (8, 12, 128, 0), (2, 3, 64, 8), (8, 12, 128, 32), (1, 2, 128, 20)):
+    for groups, per_group, size, r in (
+        (2, 3, 32, 0),
+        (1, 1, 16, 0),
+        (8, 12, 128, 0),
+        (2, 3, 64, 8),
+        (8, 12, 128, 32),
+        (1, 2, 128, 20),
+    ):
         tokens, shape = 70, (groups, per_group + 2, size)
         mixed, width = new(tokens, *shape), groups * (per_group + 2) * size
         assert kernels.has_heads(size, size // 2) and kernels.adds_to_heads(size, size // 2) >= (r > 0)

@@ -28,6 +28,11 @@ def store() -> dist.Store | None:
     return _store
 
 
+def stage() -> int:
+    """This rank's pipeline stage, from 0."""
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
 def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout_minutes: float = 30) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (alone when they are absent).
 

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from glm45_tune.conversion import adapter
 from glm45_tune.errors import STOPPED, StoppedError
@@ -74,8 +73,7 @@ def run(job: Job) -> int:
 
 def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, stage, job.card)
+    recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, runtime.stage(), job.card)
     trainer = Trainer(recipe, job.layout, job.source, watchdog.enter)
     method: Method = METHODS[job.kind](job, trainer)
     saver = Saver(job, trainer)

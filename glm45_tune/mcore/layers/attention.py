@@ -59,7 +59,9 @@ class _SplitHeads(torch.autograd.Function):
         return mixed, None, None, narrow_out, B_out, None
 
 
-def split_heads(mixed: torch.Tensor, shape: tuple[int, int, int], table: torch.Tensor | None, low_rank: LowRank | None = None):
+def split_heads(
+    mixed: torch.Tensor, shape: tuple[int, int, int], table: torch.Tensor | None, low_rank: LowRank | None = None
+):
     """[T, G · (heads + 2) · D], each group's queries, its key and its value → query [T, G · heads, D], key and value [T, G, D].
 
     shape: (G, heads + 2, D). With a `rotary_table`, query and key come rotated. low_rank: to be added to what comes in.
