@@ -191,17 +191,16 @@ def data(
         recipe = Recipe.load(source, changes)
         model = model or Path(recipe.model.path)
     elif model is None:
-        raise UserError(
-            "data: --model DIR is needed with a data file: the checkpoint whose tokenizer and template are used."
-        )
+        raise UserError("data: --model DIR is needed with a data file: whose tokenizer and template it is for.")
     else:
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
-    kind = kind_for(recipe) if recipe.preference else kind_of(recipe.data)
-    if recipe.data.streaming:
-        corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
-    else:
-        corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
+    with report.unread_in_json(str(source), as_json):
+        kind = kind_for(recipe) if recipe.preference else kind_of(recipe.data)
+        if recipe.data.streaming:
+            corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
+        else:
+            corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
     summary = report.summarise(corpus, recipe, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))

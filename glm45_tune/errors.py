@@ -23,11 +23,14 @@ class CheckpointError(UserError):
 
 
 class DataError(UserError):
-    """Training data that cannot be used; names file and line. `field`: which field of the row, where one is at fault."""
+    """Training data that cannot be used; names file and line. `field`: which field of the row, where one is at fault; `place`: file
 
-    def __init__(self, message: str, field: str | None = None):
+    and line of what no row can be made of.
+    """
+
+    def __init__(self, message: str, field: str | None = None, place: tuple[str, int] | None = None):
         super().__init__(f"{field} {message}" if field else message)
-        self.field = field
+        self.field, self.place = field, place
 
 
 class LayoutError(UserError):

@@ -113,7 +113,8 @@ def read_rows(path: Path, behind: int = 0, read: Callable[[int], object] = int) 
     ) as error:
         raise DataError(
             f"{path}:{line + 1}: the file cannot be read on: {str(error).rstrip('.')}. Mend it or leave it "
-            "out; data.on_bad_row skips rows, never the rest of a file."
+            "out; data.on_bad_row skips rows, never the rest of a file.",
+            place=(str(path), line + 1),
         ) from None
 
 

@@ -1,5 +1,7 @@
 """What training will see: counts, lengths, packing, every bad row, and samples with their trained tokens in colour."""
 
+import contextlib
+import json
 from math import ceil
 
 import numpy as np
@@ -11,6 +13,7 @@ from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
 from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.sources import Corpus
+from glm45_tune.errors import DataError
 from glm45_tune.recipe import Recipe
 
 TRAINED, CONTEXT, SPECIAL = "black on green", "dim", "bold"
@@ -74,6 +77,19 @@ def _first(corpus: Corpus, kind: str, count: int) -> list[tuple[Sample, dict]]:
         said = {True: "desirable", False: "undesirable"}
         return [(sample, {"answer": said[sample.row["label"]]}) for sample in corpus.samples[:count]]
     return [(sample, {"row": sample.row} if kind == "rl" else {}) for sample in corpus.samples[:count]]
+
+
+@contextlib.contextmanager
+def unread_in_json(source: str, as_json: bool):
+    """Around the reading of a source: where that ends it, the machine has a document too, with the one error that is raised."""
+    try:
+        yield
+    except DataError as error:
+        if as_json:
+            file, line = error.place or (source, None)
+            fault = {"file": file, "line": line, "field": error.field, "message": str(error)}
+            print(json.dumps({"summary": {}, "samples": [], "errors": [fault]}, ensure_ascii=False))
+        raise
 
 
 def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:

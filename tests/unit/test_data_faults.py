@@ -84,6 +84,27 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error_under_skip(tokenizer,
         load(str(tmp_path / name), ChatRenderer(tokenizer, DataConfig(train="x", on_bad_row="skip")))
 
 
+def test_a_file_that_cannot_be_read_has_a_document_for_machines(checkpoints, tmp_path, cli):
+    """With file and line of where it ends; the sentence and the exit code stay."""
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(packed(5000))[:-2000])
+    code, out, err = cli("data", path, "--model", checkpoints["air"], "--json")
+    found = json.loads(out)
+    assert code == 2 and "cannot be read on" in err and found["summary"] == {} and found["samples"] == []
+    (fault,) = found["errors"]
+    assert (
+        fault["file"] == str(path)
+        and fault["line"] > 1
+        and fault["field"] is None
+        and "cannot be read on" in fault["message"]
+    )
+
+
+def test_a_source_that_is_not_there_has_a_document_for_machines(checkpoints, tmp_path, cli):
+    code, out, _ = cli("data", tmp_path / "none.jsonl", "--model", checkpoints["air"], "--json")
+    assert code == 2 and "no such file" in json.loads(out)["errors"][0]["message"]
+
+
 def test_a_csv_cell_is_text_unless_its_column_and_content_are_messages(tokenizer, tmp_path):
     def read(*cells):
         with open(tmp_path / "x.csv", "w", newline="", encoding="utf-8") as file:
