@@ -1,10 +1,12 @@
 """How ranks join: what every one of them must do in the same order."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from glm45_tune.mcore import runtime
+from glm45_tune.training import card
 
 
 class _Group:
@@ -32,3 +34,24 @@ def test_groups_are_opened_in_the_same_order_on_every_rank(monkeypatch):
         runtime._open_groups()
         orders.append(spoken)
     assert orders[0] == orders[1] and len(orders[0]) == 7
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("Some card", 989),
+    ],
+)
+def test_a_card_is_known_by_its_name_and_has_what_is_free(monkeypatch, name, tflops):
+    """An H200 has "H20" in its name; of all ranks the one with the least room counts."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, operation: tensor.sub_(8))
+    found = card.this_card()
+    assert found.tflops == tflops and found.memory_gib == 62
