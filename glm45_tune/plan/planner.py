@@ -86,7 +86,8 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
     model = Model(spec, layout, recipe)
     stages = model.all_stages()
     if recipe.train.recompute_granularity == "auto":
-        stages = _least(model, hardware) or [model.memory(s, model.first_layers(s, n)) for s, n in enumerate(model.stages)]
+        free = hardware.card.memory_gib * GIB
+        stages = [model.memory(s, model.first_layers(s, _again(model, s, free))) for s in range(len(model.stages))]
     return _of(model, hardware, stages)
 
 
@@ -98,13 +99,18 @@ def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, 
     if recipe.train.recompute_granularity != "auto":
         return recipe
     model = Model(spec, layout, recipe)
-    again = model.least(stage, card.memory_gib * GIB)
-    if again == 0:
-        chosen = {"recompute_granularity": "selective" if recipe.train.recompute_modules else None}
+    again = _again(model, stage, card.memory_gib * GIB)
+    if again:
+        chosen = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": again}
     else:
-        num_layers = model.stages[stage] if again is None else again
-        chosen = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": num_layers}
+        chosen = {"recompute_granularity": "selective" if recipe.train.recompute_modules else None}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=chosen)})
+
+
+def _again(model: Model, stage: int, free_bytes: float) -> int:
+    """First layers of each of a stage's segments that `auto` computes again: as few as fit, or all of them where nothing does."""
+    again = model.least(stage, free_bytes)
+    return model.stages[stage] if again is None else again
 
 
 def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:

@@ -2,8 +2,8 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -31,5 +31,5 @@ def _free_gib() -> float:
     """Of this rank's card, or its share of this host's memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / 2**30
-    words = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    return int(words["MemAvailable"].split()[0]) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    return psutil.virtual_memory().available / 2**30 / ranks_here

@@ -229,7 +229,7 @@ def test_config_json_alone_is_enough(tmp_path, cli):
         find_spec(str(tmp_path))
 
 
-@pytest.mark.parametrize("gib", [60, 79.1, 90, 140])
+@pytest.mark.parametrize("gib", [20, 40, 60, 64, 70, 79.1, 90, 140])
 @pytest.mark.parametrize("overrides", [(), ("parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=2"),
     ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=3", "parallel.expert_model_parallel_size=2")])  # fmt: skip
 def test_auto_recompute_runs_as_it_is_planned(gib, overrides):
