@@ -1,10 +1,16 @@
 """Which rank holds what: pure arithmetic over a model and a parallel layout. No torch, no megatron."""
 
+import os
 from dataclasses import dataclass
 from math import lcm, prod
 
 from glm45_tune.errors import LayoutError
 from glm45_tune.spec import ModelSpec
+
+
+def ranks_here() -> int:
+    """Ranks of this job on this host, as torchrun tells each of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from glm45_tune.layout import Layout
-from glm45_tune.plan.cards import CARDS, Card
+from glm45_tune.plan.cards import CARDS, Card, card_named
 from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.plan.models import find_spec
 from glm45_tune.plan.timing import step_seconds
@@ -186,9 +186,7 @@ def this_card() -> tuple[Card | None, int]:
 
     if not torch.cuda.is_available():
         return None, 0
-    name = torch.cuda.get_device_name().lower()
-    known = [key for key in CARDS if key in name]  # "h200" has "h20" in it
-    return CARDS[max(known, key=len)] if known else None, torch.cuda.device_count()
+    return card_named(torch.cuda.get_device_name()), torch.cuda.device_count()
 
 
 def table(rows: list[dict]) -> str:

@@ -20,6 +20,7 @@ from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.sources import Corpus, Fault, generated, load, numbered
 from glm45_tune.data.store import CHUNK, WORTH_WORKERS, Made, Row, render_once, rendered
 from glm45_tune.errors import DataError
+from glm45_tune.layout import ranks_here
 from glm45_tune.recipe import DataConfig, sources_of
 
 _MOST_WORKERS = 4  # of a rank: rendering is far quicker than training
@@ -115,8 +116,7 @@ class Stream:
         if all(Path(path).exists() for path in paths):
             if sum(file.stat().st_size for path in paths for file in files_of(path)) < WORTH_WORKERS:
                 return 0
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-        return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // ranks_here))
+        return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // ranks_here()))
 
 
 class _Endless(Iterator[Row]):

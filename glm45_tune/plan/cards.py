@@ -63,6 +63,12 @@ def find_card(text: str) -> Card:
     return Card("described", **values)
 
 
+def card_named(name: str) -> Card | None:
+    """The known card that a driver calls so ("NVIDIA H200"): the longest of ours that is in it, for an H200 has "h20" in it too."""
+    known = [key for key in CARDS if key in name.lower()]
+    return CARDS[max(known, key=len)] if known else None
+
+
 def _values(changes: str, text: str) -> dict[str, float]:
     values = {}
     for change in filter(None, changes.split(",")):

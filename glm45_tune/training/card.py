@@ -1,14 +1,14 @@
 """The card a rank runs on, as the planner knows it."""
 
-import os
 from dataclasses import replace
 
 import psutil
 import torch
 import torch.distributed as dist
 
+from glm45_tune.layout import ranks_here
 from glm45_tune.mcore import runtime
-from glm45_tune.plan.cards import CARDS, Card, find_card
+from glm45_tune.plan.cards import CARDS, Card, card_named, find_card
 
 
 def this_card() -> Card:
@@ -17,9 +17,7 @@ def this_card() -> Card:
     Called by all ranks together, when they have joined and hold nothing yet: what NCCL has taken is gone from what is free.
     """
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name().lower()
-        known = [card for key, card in CARDS.items() if key in name]
-        card = max(known, key=lambda card: len(card.name), default=CARDS["h100"])  # "h200" has "h20" in it
+        card = card_named(torch.cuda.get_device_name()) or CARDS["h100"]
     else:
         card = find_card("cpu")
     free = torch.tensor(_free_gib(), dtype=torch.float64, device=runtime.device())
@@ -31,5 +29,4 @@ def _free_gib() -> float:
     """Of this rank's card, or its share of this host's memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / 2**30
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    return psutil.virtual_memory().available / 2**30 / ranks_here
+    return psutil.virtual_memory().available / 2**30 / ranks_here()

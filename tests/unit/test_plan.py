@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glm45_tune.conversion.names import hf_shapes
-from glm45_tune.errors import LayoutError, UserError
+from glm45_tune.errors import UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan import rates
 from glm45_tune.plan.cards import CARDS, find_card
