@@ -51,11 +51,12 @@ def heads(new):
         (8, 12, 128, 0),
         (2, 3, 64, 8),
         (8, 12, 128, 32),
+        (1, 2, 128, 64),
         (1, 2, 128, 20),
     ):
         tokens, shape = 70, (groups, per_group + 2, size)
         mixed, width = new(tokens, *shape), groups * (per_group + 2) * size
-        assert kernels.has_heads(size, size // 2) and kernels.adds_to_heads(size, size // 2) >= (r > 0)
+        assert kernels.has_heads(size, size // 2) and kernels.adds_to_heads(size, size // 2, r) >= (r > 0)
         table = attention.rotary_table(torch.arange(tokens).remainder(41).to(mixed.device), size, 0.5, 1e4)
         factors = (new(tokens, r), new(width, r), 0.5) if r else ()
         plain = mixed.cpu().flatten(1).requires_grad_()

@@ -71,8 +71,8 @@ def split_heads(
     if table is not None and mixed.is_cuda:
         from glm45_tune.mcore.layers import kernels
 
-        rotary = table.shape[-1]
-        fits, adds = kernels.has_heads(size, rotary), kernels.adds_to_heads(size, rotary)
+        rotary, r = table.shape[-1], 0 if low_rank is None else low_rank.narrow.shape[1]
+        fits, adds = kernels.has_heads(size, rotary), kernels.adds_to_heads(size, rotary, r)
     if low_rank is not None and not adds:
         mixed, low_rank = low_rank.add_to(mixed), None
     mixed = mixed.view(mixed.shape[0], *shape)

@@ -222,9 +222,9 @@ def has_heads(size: int, rotary: int) -> bool:
     return all(part > 0 and part & (part - 1) == 0 for part in parts)
 
 
-def adds_to_heads(size: int, rotary: int) -> bool:
-    """Whether `split_heads` takes low-rank factors as well: a block's smallest side is 16."""
-    return has_heads(size, rotary) and min(rotary // 2, size - rotary) >= 16
+def adds_to_heads(size: int, rotary: int, r: int) -> bool:
+    """Whether `split_heads` takes low-rank factors as well: a block's smallest side is 16, and it holds all r columns at once."""
+    return has_heads(size, rotary) and min(rotary // 2, size - rotary) >= 16 and r <= 64
 
 
 def split_heads(
