@@ -20,7 +20,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
 from glm45_tune.tiny import checkpoint
-from glm45_tune.training.loop import METHODS, _collector_spared
+from glm45_tune.training.loop import METHODS, collector_spared
 from glm45_tune.training.prepare import prepare
 from glm45_tune.training.saver import Saver
 
@@ -71,7 +71,7 @@ def main() -> None:
         trainer = Trainer(recipe, job.layout, job.source)
         method, saver = METHODS[job.kind](job, trainer), Saver(job, trainer)
         method.train_step(0)
-        with _collector_spared():
+        with collector_spared():
             pauses, writes, beside, apart = [], [], [], []
             for turn in range(WARM_UP + options.pairs):
                 pauses.append(seconds_of(saver.save, {"step": turn + 1}))

@@ -89,7 +89,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     metrics = Metrics(job.run, job.recipe, step, job.num_steps) if is_first else None
     line = LiveLine(step, job.num_steps) if is_first else None
     must_stop = False
-    with Interruption() as interruption, _collector_spared():
+    with Interruption() as interruption, collector_spared():
         while step < job.num_steps and not must_stop:
             watchdog.step = step
             watchdog.enter("preparing its batch")
@@ -127,7 +127,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
 
 
 @contextlib.contextmanager
-def _collector_spared():
+def collector_spared():
     """What stands when training begins stays: the collector, which megatron calls twice a save, need not walk it (0.25 s each time)."""
     gc.collect()
     gc.freeze()
