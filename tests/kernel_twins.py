@@ -15,13 +15,16 @@ def close(ours, plain):
 
 
 def rows(new):
-    x, place, table = new(9, 70), torch.randperm(27).view(9, 3), torch.randint(0, 9, (5, 3))
-    spread = torch.empty(27, 70)
-    spread[place.flatten()] = x.cpu().repeat_interleave(3, 0)
-    close([kernels.spread_rows(x, place.to(x.device))], [spread])
-    close([kernels.sum_rows(x, table.to(x.device))], [x.cpu()[table].sum(1)])
-    more = new(5, 70)
-    close([kernels.sum_rows(x, table.to(x.device), more)], [x.cpu()[table].sum(1) + more.cpu()])
+    """Rows to 0 … 26 and, of the same choices, only the first 11: the others go nowhere."""
+    for number in (27, 11):
+        x, more, place = new(9, 70), new(9, 70), torch.randperm(27).view(9, 3)
+        spread, back = torch.empty(27, 70), new(number, 70)
+        spread[place.flatten()] = x.cpu().repeat_interleave(3, 0)
+        close([kernels.spread_rows(x, place.to(x.device), number)], [spread[:number]])
+        there = torch.cat([back.cpu(), torch.zeros(27 - number, 70)])[place].sum(1)
+        close([kernels.sum_rows(back, place.to(x.device))], [there])
+        close([experts._sum(back.cpu(), place)], [there])
+        close([kernels.sum_rows(back, place.to(x.device), more)], [there + more.cpu()])
 
 
 def normalisation(new):
@@ -86,6 +89,10 @@ def routing(new):
     assert torch.equal(plan.slot[plan.place.flatten()], torch.arange(200))
     counts = (chosen.flatten()[:, None] == torch.arange(16)).sum(0)
     assert plan.edges[0] == 0 and torch.equal(plan.edges[1:], counts.cumsum(0).int())
+    part = experts.plan_rows(chosen.clamp(max=11), 11)  # five experts are elsewhere
+    part = part.first(int(part.edges[-1]))
+    assert torch.equal(part.slot, plan.slot[: part.edges[-1]]) and torch.equal(part.edges, plan.edges[:12])
+    assert torch.equal(part.place < part.slot.numel(), chosen < 11)
     device = new(1).device
     if device.type == "cuda":
         close(experts.plan_rows(chosen.to(device), 16), plan)

@@ -25,16 +25,23 @@ from glm45_tune.mcore.layers.swiglu import swiglu_backward, swiglu_forward
 class Plan(NamedTuple):
     """Where rows go. slot: int [N], the place of each sorted row in the flat [T · K] choices. place: int [T, K], the sorted row of
 
-    each choice. edges: int32 [E + 1], where each expert's rows begin, and the end.
+    each choice, N or more where it goes nowhere. edges: int32 [E + 1], where each expert's rows begin, and the end.
     """
 
     slot: torch.Tensor
     place: torch.Tensor
     edges: torch.Tensor
 
+    def first(self, rows: int) -> "Plan":
+        """Without the choices that go nowhere, which were sorted behind the others: N = rows."""
+        return self._replace(slot=self.slot[:rows])
+
 
 def plan_rows(experts: torch.Tensor, num_experts: int) -> Plan:
-    """experts: int [T, K], the expert of each choice. No wait for the device."""
+    """experts: int [T, K], the expert of each choice; num_experts where it has none here (see `Plan.first`).
+
+    No wait for the device.
+    """
     chosen, slot = experts.flatten().to(torch.int32).sort(stable=True)
     place = torch.empty_like(slot).scatter_(0, slot, torch.arange(slot.numel(), device=slot.device))
     every = torch.arange(num_experts + 1, dtype=torch.int32, device=slot.device)
@@ -47,20 +54,28 @@ def _spread(x, plan):
     if x.is_cuda:
         from glm45_tune.mcore.layers import kernels
 
-        return kernels.spread_rows(x.contiguous(), plan.place)
+        return kernels.spread_rows(x.contiguous(), plan.place, plan.slot.numel())
     return x[plan.slot // plan.place.shape[1]]
 
 
-def _sum(y, index, more=None):
+def _at(y, place):
+    """y [N, …] → [T, K, …], zero where a choice went nowhere."""
+    if place.numel() == len(y):
+        return y[place]
+    return torch.cat([y, y.new_zeros(1, *y.shape[1:])])[place.clamp(max=len(y))]
+
+
+def _sum(y, place, more=None):
+    """y [N, W] → [T, W], the sum of a token's rows, and more."""
     if y.is_cuda:
         from glm45_tune.mcore.layers import kernels
 
-        return kernels.sum_rows(y.contiguous(), index, None if more is None else more.contiguous())
-    return y[index].sum(1) if more is None else y[index].sum(1) + more
+        return kernels.sum_rows(y.contiguous(), place, None if more is None else more.contiguous())
+    return _at(y, place).sum(1) if more is None else _at(y, place).sum(1) + more
 
 
 class GatherRows(torch.autograd.Function):
-    """x [T, W] → [N, W], each token once for every expert it chose, sorted by expert. Backward: sum over a token's rows."""
+    """x [T, W] → [N, W], each token once for every place of its plan. Backward: sum over a token's rows."""
 
     @staticmethod
     def forward(ctx, x, plan: Plan):
@@ -188,7 +203,7 @@ class Experts(torch.autograd.Function):
                 x_out.add_(more)
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, edges)
-        x_out, probs_out = _sum(x_out, plan.place), weights_out[plan.place]
+        x_out, probs_out = _sum(x_out, plan.place), _at(weights_out, plan.place)
         return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None
 
 

@@ -13,25 +13,26 @@ WIDTH = 1024
 
 
 @triton.jit
-def _spread(x, place, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def _spread(x, place, out, rows, width, K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + row * width + column, mask=column < width)
     for choice in tl.static_range(K):
         target = tl.load(place + row * K + choice).to(tl.int64)
-        tl.store(out + target * width + column, values, mask=column < width)
+        tl.store(out + target * width + column, values, mask=(column < width) & (target < rows))
 
 
-def spread_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """x [T, W] contiguous, place int [T, K], each of 0 … T · K − 1 once → out [T · K, W], out[place[t, k]] = x[t]."""
-    out = x.new_empty(place.numel(), x.shape[1])
+def spread_rows(x: torch.Tensor, place: torch.Tensor, rows: int) -> torch.Tensor:
+    """x [T, W] contiguous, place int [T, K], each of 0 … rows − 1 once, the others more → out [rows, W], out[place[t, k]] = x[t]."""
+    out = x.new_empty(rows, x.shape[1])
     if out.numel():
-        _spread[(x.shape[0], triton.cdiv(x.shape[1], WIDTH))](x, place, out, x.shape[1], K=place.shape[1], BLOCK=WIDTH)
+        grid = (x.shape[0], triton.cdiv(x.shape[1], WIDTH))
+        _spread[grid](x, place, out, rows, x.shape[1], K=place.shape[1], BLOCK=WIDTH)
     return out
 
 
 @triton.jit
-def _sum(y, index, more, out, width, K: tl.constexpr, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(y, index, more, out, rows, width, K: tl.constexpr, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -39,16 +40,19 @@ def _sum(y, index, more, out, width, K: tl.constexpr, HAS_MORE: tl.constexpr, BL
         total += tl.load(more + row * width + column, mask=column < width, other=0.0).to(tl.float32)
     for place in tl.static_range(K):
         source = tl.load(index + row * K + place).to(tl.int64)
-        total += tl.load(y + source * width + column, mask=column < width, other=0.0).to(tl.float32)
+        total += tl.load(y + source * width + column, mask=(column < width) & (source < rows), other=0.0).to(tl.float32)
     tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
 def sum_rows(y: torch.Tensor, index: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
-    """y [N, W] and more [T, W] or None, contiguous; index int [T, K] → y[index].sum(1) + more, [T, W], summed in fp32."""
+    """y [N, W] and more [T, W] or None, contiguous; index int [T, K] → y[index].sum(1) + more, [T, W], summed in fp32.
+
+    An index of N or more adds nothing.
+    """
     out = y.new_empty(index.shape[0], y.shape[1])
     if out.numel():
         grid = (out.shape[0], triton.cdiv(y.shape[1], WIDTH))
-        _sum[grid](y, index, more, out, y.shape[1], K=index.shape[1], HAS_MORE=more is not None, BLOCK=WIDTH)
+        _sum[grid](y, index, more, out, *y.shape, K=index.shape[1], HAS_MORE=more is not None, BLOCK=WIDTH)
     return out
 
 

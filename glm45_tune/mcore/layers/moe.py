@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: router, routed experts wherever they live, shared experts meanwhile.
 
-With one expert rank nothing is exchanged. Otherwise a token travels to the ranks of its experts, one row a choice, and its
-results travel back; the shared experts run while the rows are under way, forward and backward.
+With one expert rank nothing is exchanged. Otherwise a token travels once to each rank where it chose experts, however many,
+and the sum of their results travels back. The shared experts run while the rows are under way, forward and backward.
 """
 
 from dataclasses import dataclass
@@ -68,6 +68,14 @@ class _Arrive(torch.autograd.Function):
         return gradient, None  # a placeholder of the right shape: `_Depart` takes what lands
 
 
+def each_once(ranks: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """ranks: int [T, K], of every choice → the same in order, every rank of a token once and then num_ranks."""
+    ranks = ranks.sort(1).values
+    again = ranks[:, 1:] == ranks[:, :-1]
+    ranks[:, 1:].masked_fill_(again, num_ranks)
+    return ranks
+
+
 class MoE(MoELayer):
     """In megatron's place for `mlp` of a MoE layer, with its parameter names."""
 
@@ -96,42 +104,51 @@ class MoE(MoELayer):
         if self.ep_group.size() == 1 and self.etp_group.size() == 1:
             shared = self.shared_experts.project(self.shared_experts.activate(hidden))
             return self.experts(x, probs, plan, shared.flatten(0, 1)).view_as(hidden)
-        send, arriving = self._sizes(counts)
-        transfer = Transfer(self.ep_group, send, arriving.sum(1).tolist())
-        rows = _Depart.apply(GatherRows.apply(x, plan), transfer)
+        toward = plan_rows(each_once(experts // self.num_local_experts, self.ep_group.size()), self.ep_group.size())
+        send, receive, choices = self._sizes(toward.edges.diff(), counts)
+        toward = toward.first(sum(send))
+        leaving, arriving = Transfer(self.ep_group, send, receive), Transfer(self.ep_group, send, receive)
+        rows = _Depart.apply(GatherRows.apply(x, toward), leaving)
+        routes = _Depart.apply(GatherRows.apply(torch.cat([probs, experts.to(probs.dtype)], 1), toward), arriving)
         activated = self.shared_experts.activate(hidden)
-        rows = _Arrive.apply(rows, transfer)
-        weights = self._exchange(probs.flatten()[plan.slot].unsqueeze(1), transfer)
-        which = torch.arange(self.num_local_experts).repeat(len(send)).repeat_interleave(arriving.flatten())
-        rows = self._on_this_rank(rows, weights, which.to(rows.device, non_blocking=True).unsqueeze(1))
-        back = Transfer(self.ep_group, transfer.receive, transfer.send)
+        probs, experts = _Arrive.apply(routes, arriving).chunk(2, dim=1)
+        rows = self._on_this_rank(_Arrive.apply(rows, leaving), probs, self._local(experts), choices)
+        back = Transfer(self.ep_group, receive, send)
         rows = _Depart.apply(rows, back)
         shared = self.shared_experts.project(activated)
-        return SumRows.apply(_Arrive.apply(rows, back), shared.flatten(0, 1), plan).view_as(hidden)
+        return SumRows.apply(_Arrive.apply(rows, back), shared.flatten(0, 1), toward).view_as(hidden)
 
-    def _sizes(self, counts: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-        """counts: rows for every expert → how many go to each rank, and on the host [ranks, E]: what each rank sends to ours."""
-        ranks = self.ep_group.size()
-        table = counts.new_empty(ranks * counts.numel())
-        dist.all_gather_into_tensor(table, counts, group=self.ep_group)
-        table = table.view(ranks, ranks, self.num_local_experts).cpu()  # the one wait for the device
-        return table[self.ep_group.rank()].sum(1).tolist(), table[:, self.ep_group.rank()]
+    def _sizes(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[list[int], list[int], int]:
+        """rows: int [ranks], how many go to each; counts: int [experts], choices of each → rows to and from every rank, and the
 
-    def _exchange(self, rows: torch.Tensor, transfer: Transfer) -> torch.Tensor:
-        other = Transfer(self.ep_group, transfer.send, transfer.receive)
-        return _Arrive.apply(_Depart.apply(rows, other), other)
+        choices among those that come, on the host.
+        """
+        ranks, own = self.ep_group.size(), self.ep_group.rank()
+        sent = torch.cat([rows, counts.view(ranks, -1).sum(1)])
+        table = sent.new_empty(ranks * sent.numel())
+        dist.all_gather_into_tensor(table, sent, group=self.ep_group)
+        table = table.view(ranks, 2, ranks).cpu()  # the one wait for the device
+        return table[own, 0].tolist(), table[:, 0, own].tolist(), int(table[:, 1, own].sum())
 
-    def _on_this_rank(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """The experts here, one a row. Expert tensor ranks each hold a slice of every expert: they pool rows and share out sums."""
+    def _local(self, experts: torch.Tensor) -> torch.Tensor:
+        """Numbers of experts, as they travelled → numbers among this rank's, their count for those of other ranks."""
+        number = experts.detach().to(torch.int32) - self.ep_group.rank() * self.num_local_experts
+        return number.masked_fill((number < 0) | (number >= self.num_local_experts), self.num_local_experts)
+
+    def _on_this_rank(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, choices: int) -> torch.Tensor:
+        """[R, hidden] → the sum of what this rank's experts make of each row; probs and experts [R, K], of them `choices` here.
+
+        Expert tensor ranks each hold a slice of every expert: they pool rows and share out sums.
+        """
         etp = self.etp_group
         if etp.size() == 1:
-            return self.experts(x, probs, plan_rows(experts, self.num_local_experts))
-        own = torch.tensor([x.shape[0]], device=x.device)
-        sizes = [torch.zeros_like(own) for _ in range(etp.size())]
-        dist.all_gather(sizes, own, group=etp)
-        splits = torch.cat(sizes).tolist()
+            return self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices))
+        own = torch.tensor([x.shape[0], choices], device=x.device)
+        sizes = own.new_empty(2 * etp.size())
+        dist.all_gather_into_tensor(sizes, own, group=etp)
+        splits, choices = sizes[::2].tolist(), int(sizes[1::2].sum())
         x, probs, experts = (
             gather_from_sequence_parallel_region(t, group=etp, output_split_sizes=splits) for t in (x, probs, experts)
         )
-        output = self.experts(x, probs, plan_rows(experts, self.num_local_experts))
+        output = self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices))
         return reduce_scatter_to_sequence_parallel_region(output, group=etp, input_split_sizes=splits)
