@@ -4,7 +4,8 @@
 
 Expert parallel over all ranks, or over `--expert-parallel` of them. Every rank trains `--rows` rows of `--tokens` a step: documents
 of log-normal lengths, or one document. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny` runs
-the same on CPU ranks. `--profile` also prints where one step's GPU time goes. The planner's memory stands beside the measured.
+the same on CPU ranks. `--profile` also prints where one step's GPU time goes
+and how much of a step of one row a rank lies outside the layers. The planner's memory stands beside the measured.
 """
 
 import argparse
@@ -92,6 +93,33 @@ def teraflop(spec, bounds: list[int], full: bool) -> float:
     active += spec.hidden_size * spec.vocab_size
     pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
     return ((6 if full else 4) * active * bounds[-1] + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
+
+
+def outside(trainer, step) -> float:
+    """Share of a step of one micro batch that passes outside the decoder: embedding, head, loss, gradients' sums, optimizer, host."""
+    decoder, marks, hooks = trainer.module[0].decoder, {}, []
+
+    def mark(name):
+        marks[name] = torch.cuda.Event(enable_timing=True)
+        marks[name].record()
+
+    def after_forward(module, inputs, output):
+        mark("forward ends")
+        output.register_hook(lambda gradient: mark("backward begins"))
+
+    hooks.append(decoder.register_forward_pre_hook(lambda *_: mark("forward begins")))
+    hooks.append(decoder.register_forward_hook(after_forward))
+    for parameter in decoder.layers[0].parameters():
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends")))  # the last one counts
+    mark("step begins")
+    step()
+    mark("step ends")
+    torch.cuda.synchronize()
+    for hook in hooks:
+        hook.remove()
+    inside = sum(marks[f"{way} begins"].elapsed_time(marks[f"{way} ends"]) for way in ("forward", "backward"))
+    return 1 - inside / marks["step begins"].elapsed_time(marks["step ends"])
 
 
 def profile(step) -> None:
@@ -189,10 +217,13 @@ def main() -> None:
             print(
                 f"on the card {(whole - free) / 2**30:.1f} GiB, of them torch's {torch.cuda.memory_reserved() / 2**30:.1f}"
             )
-        if arguments.profile:
+    if arguments.profile and torch.cuda.is_available():
+        share = outside(trainer, step) if arguments.rows == 1 else float("nan")
+        if dist.get_rank() == 0:
+            print(f"outside the layers {share:.1%} of the step")
             profile(step)
-    elif arguments.profile:
-        step()
+        else:
+            step()
     dist.barrier()
     runtime.stop()
 

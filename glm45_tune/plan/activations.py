@@ -2,10 +2,11 @@
 
 One Term is one tensor: its bytes on this rank, and what wants it. Nothing is kept for the sake of a frozen weight. Legend:
 T tokens of a micro batch on this tensor group, S = T / tensor ranks (sequence parallel), N rows at this rank's experts (S · top-k ·
-expert tensor ranks; routing is taken to be even), F an expert's width here, d bytes of a number, h hidden size.
+expert tensor ranks; routing is taken to be even), R those that travel to them, a token once for all its choices there, F an expert's width here, d bytes of a number, h hidden size.
 `*_terms` stay until backward comes to them; `*_working` live for a moment of it.
 """
 
+import math
 from dataclasses import dataclass
 
 from glm45_tune.layout import Layout
@@ -62,6 +63,16 @@ class Sizes:
     def expert_rows(self) -> int:
         """N"""
         return self.cut_tokens * self.spec.moe_router_topk * self.layout.expert_tensor_parallel_size
+
+    @property
+    def travelling_rows(self) -> int:
+        """R, the rows that come to a rank's experts from all ranks: a token once, however many of its choices (taken for random)
+
+        are there.
+        """
+        ranks = self.layout.expert_model_parallel_size
+        each = ranks * (1 - (1 - 1 / ranks) ** self.spec.moe_router_topk)
+        return math.ceil(self.cut_tokens * each) * self.layout.expert_tensor_parallel_size
 
     @property
     def expert_width(self) -> int:
@@ -189,6 +200,7 @@ def dense_terms(sizes: Sizes) -> list[Term]:
 def moe_terms(sizes: Sizes) -> list[Term]:
     """Of the MoE half of a layer: router, shared expert, routed experts."""
     spec, S, N, F, d = sizes.spec, sizes.cut_tokens, sizes.expert_rows, sizes.expert_width, sizes.d
+    R, K = sizes.travelling_rows, sizes.spec.moe_router_topk
     kept = [Term("MoE input", sizes.norm_input, "norm")]
     if sizes.again("moe"):
         return [*kept, Term("normed", sizes.hidden, "the MoE layer's recompute")]
@@ -203,13 +215,13 @@ def moe_terms(sizes: Sizes) -> list[Term]:
             ("normed, gathered", sizes.gathered, shared, gathers),
             (
                 "router scores, choices",
-                S * (spec.num_moe_experts * 4 + spec.moe_router_topk * 12 + 4),
+                S * (spec.num_moe_experts * 4 + K * 12 + 4),
                 "sigmoid, top-k",
                 True,
             ),
-            ("where rows go", N * 28, "permute, combine, probabilities", True),
-            ("where rows go between ranks", N * 32, "dispatch", sizes.travels),
-            ("rows at the experts", N * spec.hidden_size * d, fc1, sizes.learns(fc1) and sizes.travels),
+            ("where rows go", (R * K if sizes.travels else N) * 28, "permute, combine, probabilities", True),
+            ("where rows go between ranks", S * K * 24, "dispatch", sizes.travels),
+            ("rows at the experts", R * spec.hidden_size * d, fc1, sizes.learns(fc1) and sizes.travels),
             ("mlp.experts: gate, up", N * 2 * F * d, "SwiGLU", True),
         ),
         *_adapter(sizes, fc1, N, spec.hidden_size),
@@ -285,7 +297,7 @@ def _moe_moments(sizes: Sizes) -> list[list[Term]]:
     fc1, fc2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
     here = spec.num_moe_experts // sizes.layout.expert_model_parallel_size
     weight = here * spec.hidden_size * F * d if sizes.is_full else 0
-    arrived = ("gradient as it arrived", rows, "dispatch", sizes.travels)
+    arrived = ("gradient as it arrived", sizes.travelling_rows * spec.hidden_size * d, "dispatch", sizes.travels)
     return [
         _terms(
             arrived,

@@ -187,7 +187,7 @@ class Model:
         """Bytes of the rows that a dispatch sends: as many again arrive."""
         if not (self.sizes.travels and any(self.layers(stage))):
             return 0.0
-        return 2.0 * self.sizes.expert_rows * self.spec.hidden_size * self.sizes.d
+        return 2.0 * self.sizes.travelling_rows * self.spec.hidden_size * self.sizes.d
 
     def _backward(self, stage: int, recompute: Recompute, is_last: bool) -> tuple[float, float, str]:
         """(kept by all micro batches in flight, the most that is alive beside it in backward, where)."""

@@ -196,7 +196,7 @@ def _wire_seconds(model: Model, card: Card, again: bool, gpus_per_node: int) -> 
     passes = 3 if again else 2
     # attention and MLP: a gather and a scatter each, in every pass
     tensor = 4 * passes * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node)
-    rows = sizes.expert_rows * model.spec.hidden_size * sizes.d
+    rows = sizes.travelling_rows * model.spec.hidden_size * sizes.d
     experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
     return tensor, 2 * passes * _wire(rows, experts, experts, card, gpus_per_node)
 
