@@ -111,7 +111,9 @@ def outside(trainer, step) -> float:
     hooks.append(decoder.register_forward_hook(after_forward))
     for parameter in decoder.layers[0].parameters():
         if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends")))  # the last one counts
+            hooks.append(
+                parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends"))
+            )  # the last one counts
     mark("step begins")
     step()
     mark("step ends")
@@ -191,7 +193,7 @@ def main() -> None:
 
     times = []
     for number in range(arguments.steps + 2):
-        dist.barrier()
+        runtime.barrier()
         begin = time.perf_counter()
         result = step()
         if torch.cuda.is_available():
@@ -224,7 +226,7 @@ def main() -> None:
             profile(step)
         else:
             step()
-    dist.barrier()
+    runtime.barrier()
     runtime.stop()
 
 

@@ -150,10 +150,14 @@ class Stack(HybridStack):
             self.config.recompute_method = recompute_method
             self.config.recompute_num_layers = 2 * recompute_num_layers
             whole = len(self.layers) if recompute_method == "uniform" else 2 * recompute_num_layers
-            for module in torch.nn.ModuleList(list(self.layers)[:whole]).modules():
-                for part in ("recompute", "recompute_mlp"):  # once with the whole layer is enough
-                    if hasattr(module, part):
-                        setattr(module, part, False)
+            run = 1 if recompute_method == "block" else 2 * recompute_num_layers  # halves that are run again together
+            for number, half in enumerate(list(self.layers)[:whole], 1):
+                for module in half.modules():
+                    for part in ("recompute", "recompute_mlp"):  # once with the whole layer is enough
+                        if hasattr(module, part):
+                            setattr(module, part, False)
+                last = half.self_attention if isinstance(half, AttentionLayer) else half.mlp
+                last.ends_recompute = number % run == 0 or number == len(self.layers)
 
 
 def layer_specs(options: ModelOptions) -> ModuleSpec:

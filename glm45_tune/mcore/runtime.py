@@ -1,5 +1,6 @@
 """Start and stop of a rank: device, process groups, megatron's parallel state, seeds."""
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -33,6 +34,11 @@ def stage() -> int:
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
+def barrier() -> None:
+    """Wait for every rank of the job."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
+
+
 def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout_minutes: float = 30) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (alone when they are absent).
 
@@ -59,19 +65,19 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout
             world_size=size,
             # the watchdog speaks first
             timeout=2 * timeout + datetime.timedelta(minutes=1),
-            device_id=device() if torch.cuda.is_available() else None,
-        )
+        )  # without device_id: with it NCCL takes memory for each of megatron's forty groups, most of which never speak
     _close_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        virtual_pipeline_model_parallel_size=(
-            layout.virtual_pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size > 1 else None
-        ),
-    )
+    with _one_group_for_the_same_ranks():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                layout.virtual_pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size > 1 else None
+            ),
+        )
     if torch.cuda.is_available():
         _open_groups()
     seed_all(seed)
@@ -107,26 +113,55 @@ def _close_groups() -> None:
             dist.destroy_process_group(group)
 
 
+@contextlib.contextmanager
+def _one_group_for_the_same_ranks():
+    """megatron makes a group for each of its purposes; here those of the same ranks are one, the job's own among them. Over NCCL
+
+    each that speaks takes some 0.4 GiB of the card.
+    """
+    create = dist.new_group
+    made = {(tuple(range(dist.get_world_size())), None): dist.group.WORLD}
+
+    def new_group(ranks, backend=None, **settings):
+        key = tuple(sorted(ranks)), backend
+        if key not in made:
+            made[key] = create(ranks, backend=backend, **settings)
+        return made[key]
+
+    dist.new_group = new_group
+    try:
+        yield
+    finally:
+        dist.new_group = create
+
+
 def _open_groups() -> None:
     """Speak once in every group. NCCL takes device memory of its own when a group first speaks, which is too late in the middle
 
     of a step that has filled the card. In the same order on every rank: two that speak first in different groups wait for ever.
     """
-    spoken = torch.zeros(dist.get_world_size(), device=device())
+    spoken = torch.zeros(1, device=device())
+    experts = parallel_state.get_expert_model_parallel_group()
     groups = (
+        dist.group.WORLD,
         parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_tensor_and_context_parallel_group(),
         parallel_state.get_expert_data_parallel_group(),
         parallel_state.get_pipeline_model_parallel_group(),
-        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_embedding_group(check_initialized=False),  # only first and last stages have one
         parallel_state.get_expert_tensor_parallel_group(),
         parallel_state.get_context_parallel_group(),
+        experts,
     )
     for group in dict.fromkeys(groups):  # a set would have an order of its own on each rank
-        dist.all_reduce(spoken, group=group)
-    ranks = parallel_state.get_expert_model_parallel_world_size()
-    sent = torch.zeros(ranks, device=device())
-    dist.all_to_all_single(torch.empty_like(sent), sent, group=parallel_state.get_expert_model_parallel_group())
+        if group is not None:
+            dist.all_reduce(spoken, group=group)
+    sent = torch.zeros(experts.size(), device=device())
+    dist.all_to_all_single(torch.empty_like(sent), sent, group=experts)
+    dist.all_gather_into_tensor(sent, spoken, group=experts)
 
 
 def _choose_algorithms(deterministic: bool) -> None:

@@ -133,7 +133,8 @@ def _least(model: Model, hardware: Hardware) -> list[StageMemory] | None:
 def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan | None:
     """The layout with as little computed again as fits; None where nothing fits. Raises UserError on a wrong layout."""
     check(spec, layout, recipe)
-    model = Model(spec, layout, recipe)
+    train = recipe.train.model_copy(update={"recompute_granularity": "auto"})  # whatever it says: it is chosen here
+    model = Model(spec, layout, recipe.model_copy(update={"train": train}))
     stages = _least(model, hardware)
     return _of(model, hardware, stages) if stages else None
 

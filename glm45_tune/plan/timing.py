@@ -60,15 +60,19 @@ class _Layer:
 
     def __init__(self, model: Model, is_moe: bool, document_tokens: float):
         sizes, spec = model.sizes, model.spec
-        self.forward = self.backward = self.again = 0.0
-        lora = model.recipe.lora
+        self.forward = self.backward = self.again = self.whole_again = 0.0
+        lora, train = model.recipe.lora, model.recipe.train
+        # each half is run again by itself, or both together, and the output of what runs again is left out
+        together = train.recompute_granularity == "full" and train.recompute_method == "uniform"
+        unread = ("linear_fc2",) if together else ("linear_fc2", "linear_proj")
         for matrix in (*attention(spec, model.layout), *mlp(spec, model.layout, is_moe)):
             rows = sizes.expert_rows if matrix.is_expert else sizes.tokens
             work = 2.0 * rows * matrix.inputs * matrix.outputs
             narrow = 2.0 * rows * (lora.r if lora else 0) * (matrix.inputs + matrix.outputs) * sizes.pairs(matrix.name)
             self.forward += work + narrow
             half = "attention" if matrix.name.startswith("self_attention") else "moe" if is_moe else "mlp"
-            self.again += (work + narrow) * sizes.again(half)
+            self.again += (work + narrow) * sizes.again(half) * (not matrix.name.endswith(("linear_fc2", "linear_proj")))
+            self.whole_again += (work + narrow) * (not matrix.name.endswith(unread))
             self.backward += work * (2 if lora is None else 1) + 2 * narrow
         # causal: half of every document's square, QK^T and PV
         self.attention = 2.0 * sizes.tokens * document_tokens * spec.query_size / sizes.tp
@@ -106,7 +110,8 @@ def _layer_seconds(layer: _Layer, card: Card, again: bool) -> np.ndarray:
         rest = forward * layer.traffic * slower * layer.again / layer.forward
         seconds += [matrices, layer.attention_again / (rates.ATTENTION_FORWARD_TFLOPS * scale), rest]
     else:
-        seconds += [*_known(layer, card, True, False), forward * layer.traffic * slower]
+        matrices, attended = _known(layer, card, True, False)
+        seconds += [matrices * layer.whole_again / layer.forward, attended, forward * layer.traffic * slower]
     return seconds
 
 
@@ -193,12 +198,11 @@ def _wire_seconds(model: Model, card: Card, again: bool, gpus_per_node: int) -> 
     """(of every layer: tensor parallel; of one with experts besides: dispatch and combine) for one micro batch."""
     layout, sizes = model.layout, model.sizes
     hidden = sizes.tokens * model.spec.hidden_size * sizes.d
-    passes = 3 if again else 2
-    # attention and MLP: a gather and a scatter each, in every pass
-    tensor = 4 * passes * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node)
+    # attention and MLP: a gather and a scatter each, forward, backward and the gathers again
+    tensor = (10 if again else 8) * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node)
     rows = sizes.travelling_rows * model.spec.hidden_size * sizes.d
     experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    return tensor, 2 * passes * _wire(rows, experts, experts, card, gpus_per_node)
+    return tensor, (5 if again else 4) * _wire(rows, experts, experts, card, gpus_per_node)
 
 
 def _optimizer_seconds(model: Model, stages: list[StageMemory], card: Card, gpus_per_node: int) -> float:

@@ -122,7 +122,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
         line.close()
         metrics.close()
         _say_the_end(job, step)
-    dist.barrier()
+    runtime.barrier()
     return 0 if step >= job.num_steps else STOPPED
 
 

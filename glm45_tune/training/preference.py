@@ -171,7 +171,7 @@ class Preference:
                 staging = path.with_suffix(".partial.npz")
                 np.savez(staging, train=sides[0], held_out=sides[1])
                 staging.replace(path)
-            dist.barrier()
+            runtime.barrier()
         kept = np.load(path)
         found = {}
         for name, corpus in (("train", job.train), ("held_out", job.held_out)):

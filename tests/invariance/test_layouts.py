@@ -31,6 +31,12 @@ MORE_KINDS = {
     "air": {"model": {"mtp_loss_scaling_factor": 0.3}},
     "frozen": {"model": MODEL, "train": {"freeze": ["embed_tokens", "layers.0", "layers.1", "router", "*norm"]}},
     "recompute": {"model": MODEL, "train": {"recompute_granularity": "full"}},
+    "recompute-lora": {
+        "model": MODEL,
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "train": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+        | {"recompute_modules": ["attention", "moe"]},
+    },
     "lean": {
         "optimizer": {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16", "optimizer_offload_fraction": 0.5},
     },
@@ -67,6 +73,7 @@ MORE = [
     *(("air", _sizes(*sizes)) for sizes in ((2, 2, 1, 1, 4, 1), (1, 1, 2, 1, 2, 1))),
     *(("frozen", _sizes(*sizes)) for sizes in ((1, 1, 4, 1, 1, 1), (1, 2, 2, 2, 2, 1), (2, 1, 1, 1, 4, 1))),
     *(("recompute", _sizes(*sizes)) for sizes in ((2, 1, 2, 1, 2, 1), (1, 2, 2, 2, 1, 2))),
+    *(("recompute-lora", _sizes(*sizes)) for sizes in ((1, 1, 2, 1, 2, 1), (2, 1, 1, 1, 2, 2))),
     ("lean", _sizes(2, 1, 2, 1, 2, 1)),
 ]
 BROKEN = {
@@ -82,7 +89,11 @@ RESUMED = [
     ("lora", _sizes(1, 1, 2, 1, 2, 1)),
 ]
 # resumed again under other layouts
-MOVED = [(kind, _sizes(*sizes)) for kind in ("full", "lora") for sizes in ((2, 1, 1, 1, 4, 1), (1, 1, 4, 1, 1, 1), (2, 1, 2, 1, 1, 2))]
+MOVED = [
+    (kind, _sizes(*sizes))
+    for kind in ("full", "lora")
+    for sizes in ((2, 1, 1, 1, 4, 1), (1, 1, 4, 1, 1, 1), (2, 1, 2, 1, 1, 2))
+]
 ROOT = Path(__file__).parents[2]
 EVERY = [(kind, sizes, 8) for kind, sizes in MATRIX] + [(kind, sizes, 4) for kind, sizes in MORE]
 

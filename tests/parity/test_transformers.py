@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from megatron.core.tensor_parallel import RowParallelLinear
 
 from glm45_tune.conversion.stream import open_model
 from glm45_tune.data.batch import collate, total_weights
-from glm45_tune.mcore.layers import attention
+from glm45_tune.mcore.layers import attention, experts
 from glm45_tune.mcore.load import load_weights
 from glm45_tune.mcore.model import GLM45Model, ModelOptions
 from glm45_tune.mcore.step import Trainer
@@ -227,3 +228,40 @@ def test_recompute_changes_no_gradient(checkpoints, corpus, one_rank, make_recip
     assert plain.grad_norm > 0 and abs(again.grad_norm / plain.grad_norm - 1) <= 1e-5
     for name, gradient in gradients.items():
         assert (recomputed[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("method, kept", [("block", 0), ("uniform", 1)])
+def test_recompute_leaves_out_what_nobody_reads(
+    checkpoints, corpus, one_rank, make_recipe, tmp_path, monkeypatch, method, kept
+):
+    """The last product of what runs again: the experts' second one, and each half's last linear (uniform: the MLP half's alone)."""
+    calls = {"experts": 0, "linears": 0}
+
+    def counted(name, call):
+        def count(*arguments, **settings):
+            calls[name] += 1
+            return call(*arguments, **settings)
+
+        return count
+
+    monkeypatch.setattr(experts, "grouped_mm", counted("experts", experts.grouped_mm))
+    monkeypatch.setattr(RowParallelLinear, "forward", counted("linears", RowParallelLinear.forward))
+
+    def count(**train):
+        recipe = Recipe.from_dict(make_recipe(checkpoints["air"], corpus, tmp_path, train=train))
+        job = prepare(recipe)
+        trainer = Trainer(recipe, one_rank, job.source)
+        batch = collate(job.train.samples[:4], 1, 1, 0)
+        calls.update(experts=0, linears=0)
+        trainer.train([batch], 1, batch.weights.sum(1).tolist(), 0.0)
+        return dict(calls), job.source.spec
+
+    plain, spec = count()
+    again, _ = count(
+        recompute_granularity="full",
+        recompute_method=method,
+        recompute_num_layers=spec.num_layers if method == "block" else 1,
+    )
+    assert plain["experts"] == 4 * (spec.num_layers - spec.num_dense_layers) and plain["linears"] == 2 * spec.num_layers
+    assert 4 * again["experts"] == 5 * plain["experts"]
+    assert again["linears"] == plain["linears"] + kept * spec.num_layers

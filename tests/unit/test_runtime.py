@@ -1,5 +1,7 @@
 """How ranks join: what every one of them must do in the same order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,9 @@ class _Group:
     def __hash__(self):
         return self._place
 
+    def size(self) -> int:
+        return 1
+
 
 def test_groups_are_opened_in_the_same_order_on_every_rank(monkeypatch):
     """Wherever a rank has them in memory: over NCCL two ranks that begin with different groups wait for each other for ever."""
@@ -27,13 +32,26 @@ def test_groups_are_opened_in_the_same_order_on_every_rank(monkeypatch):
         spoken = []
         for name, place in zip(names, places):
             monkeypatch.setattr(parallel_state, name, lambda group=_Group(name, place), **_: group)
-        monkeypatch.setattr(parallel_state, "get_expert_model_parallel_world_size", lambda: 1)
-        monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+        monkeypatch.setattr(
+            parallel_state, "get_embedding_group", lambda check_initialized: None
+        )  # of a stage in the middle
+        monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=_Group("world", -1)))
         monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, spoken=spoken: spoken.append(group.name))
-        monkeypatch.setattr(dist, "all_to_all_single", lambda *_, group: torch.zeros(1))
+        for call in ("all_to_all_single", "all_gather_into_tensor"):
+            monkeypatch.setattr(dist, call, lambda *_, group: None)
         runtime._open_groups()
         orders.append(spoken)
-    assert orders[0] == orders[1] and len(orders[0]) == 7
+    assert orders[0] == orders[1] and orders[0][0] == "world" and len(orders[0]) == 10
+
+
+def test_groups_of_the_same_ranks_are_one(one_rank):
+    """Each group over NCCL takes memory; those of one rank alone are all the job's own. A group made later is its own again."""
+    getters = [getattr(parallel_state, name) for name in dir(parallel_state) if name.endswith("_parallel_group")]
+    found = [getter() for getter in getters if getter.__name__.startswith("get_") and "hierarchical" not in getter.__name__]
+    assert len(found) > 9 and all(group is dist.group.WORLD for group in found)
+    other = dist.new_group([0])
+    assert other is not dist.group.WORLD
+    dist.destroy_process_group(other)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from glm45_tune.mcore.layers import fast
 from glm45_tune.mcore.layers.context_parallel import context_attention
 from glm45_tune.mcore.layers.linear import ColumnLinear, LowRank, RowLinear
 from glm45_tune.mcore.layers.norm import RMSNorm
+from glm45_tune.mcore.layers.recompute import is_unread
 
 
 def rotary_table(positions: torch.Tensor, head_size: int, percent: float, base: float) -> torch.Tensor:
@@ -128,6 +129,7 @@ class Attention(MegatronModule):
             **common,
         )
         self.recompute = "core_attn" in (config.recompute_modules or [])
+        self.ends_recompute = "attention" in (config.recompute_modules or [])
         norm = RMSNorm if config.qk_layernorm else _no_norm
         self.q_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
         self.k_layernorm = norm(config=config, hidden_size=self.head_size, eps=config.layernorm_epsilon)
@@ -152,7 +154,7 @@ class Attention(MegatronModule):
             context = checkpoint(attend, False, query, key, value)
         else:
             context = attend(query, key, value)
-        return self.linear_proj(context.reshape(context.shape[0], 1, -1))
+        return self.linear_proj(context.reshape(context.shape[0], 1, -1), is_unread(self.ends_recompute))
 
 
 def _no_norm(**_):

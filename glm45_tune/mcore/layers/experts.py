@@ -91,13 +91,14 @@ class SumRows(torch.autograd.Function):
     """y [N, W], more [T, W] → [T, W], the sum of each token's rows, and more. Backward: each row gets its token's gradient."""
 
     @staticmethod
-    def forward(ctx, y, more, plan: Plan):
+    def forward(ctx, y, more, plan: Plan, unread: bool):
+        """unread: zeros will do, see `recompute.py`."""
         ctx.plan = plan
-        return _sum(y, plan.place, more)
+        return torch.zeros_like(more) if unread else _sum(y, plan.place, more)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _spread(gradient, ctx.plan), gradient, None
+        return _spread(gradient, ctx.plan), gradient, None, None
 
 
 def _one_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -125,13 +126,17 @@ def grouped_outer(x: torch.Tensor, y: torch.Tensor, edges: torch.Tensor) -> torc
 
 
 def _add_lora(output, x, lora_A, lora_B, scaling, dropout, edges):
-    """Add the pair's product to output [N, B] in place. → what its gradient needs: the narrow product and the dropout's mask."""
+    """Add the pair's product to output [N, B] in place, unless it is None. → what its gradient needs: the narrow product and the
+
+    dropout's mask.
+    """
     mask = None
     if dropout:
         with get_cuda_rng_tracker().fork():  # every rank drops its own rows
             x, mask = torch.native_dropout(x, dropout, True)
     narrow = grouped_mm(x, lora_A.transpose(1, 2), edges)
-    output.add_(grouped_mm(narrow, lora_B.transpose(1, 2), edges), alpha=scaling)
+    if output is not None:
+        output.add_(grouped_mm(narrow, lora_B.transpose(1, 2), edges), alpha=scaling)
     return narrow, mask
 
 
@@ -155,10 +160,11 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, adapters):
+    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, adapters, unread: bool):
         """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden]; fc2 [E, hidden, F]; A1, B1, A2, B2: LoRA factors or None
 
-        ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; adapters: (scaling, dropout) of each. Returns [T, hidden].
+        ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; adapters: (scaling, dropout) of each. Returns [T, hidden];
+        unread: zeros, see `recompute.py`.
         """
         rows = _spread(x, plan)
         weights = probs.flatten()[plan.slot]
@@ -167,14 +173,17 @@ class Experts(torch.autograd.Function):
         if A1 is not None:
             kept1 = _add_lora(gate_up, rows, A1, B1, *adapters[0], plan.edges)
         del rows
-        hidden = swiglu_forward(gate_up, weights)
-        output = grouped_mm(hidden, fc2.transpose(1, 2), plan.edges)
+        output = None
+        if A2 is not None or not unread:
+            hidden = swiglu_forward(gate_up, weights)
+        if not unread:
+            output = grouped_mm(hidden, fc2.transpose(1, 2), plan.edges)
         if A2 is not None:
             kept2 = _add_lora(output, hidden, A2, B2, *adapters[1], plan.edges)
         needs_x = A1 is not None or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if needs_x else None, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept1, *kept2)
         ctx.plan, ctx.adapters = plan, adapters
-        return _sum(output, plan.place, shared)
+        return torch.zeros_like(x) if unread else _sum(output, plan.place, shared)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -204,7 +213,7 @@ class Experts(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, edges)
         x_out, probs_out = _sum(x_out, plan.place), _at(weights_out, plan.place)
-        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None
+        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None, None
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
@@ -281,12 +290,17 @@ class GroupedExperts(MegatronModule):
             num_local_experts, width, config.hidden_size, config, config.output_layer_init_method, cut_dim=2
         )
 
-    def forward(self, x: torch.Tensor, probs: torch.Tensor, plan: Plan, shared: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, hidden], probs fp32 [T, K], plan over this rank's experts → [T, hidden], their weighted sum plus shared."""
+    def forward(
+        self, x: torch.Tensor, probs: torch.Tensor, plan: Plan, shared: torch.Tensor | None = None, unread: bool = False
+    ) -> torch.Tensor:
+        """x [T, hidden], probs fp32 [T, K], plan over this rank's experts → [T, hidden], their weighted sum plus shared.
+
+        unread: zeros will do.
+        """
         (A1, B1), adapter1 = self.linear_fc1.factors()
         (A2, B2), adapter2 = self.linear_fc2.factors()
         fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
-        return Experts.apply(x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan, (adapter1, adapter2))
+        return Experts.apply(x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan, (adapter1, adapter2), unread)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = {}

@@ -20,9 +20,9 @@ class LowRank(NamedTuple):
     lora_B: torch.Tensor
     scaling: float
 
-    def add_to(self, output: torch.Tensor) -> torch.Tensor:
-        """In place, by a product of its own."""
-        return _Add.apply(output, *self)
+    def add_to(self, output: torch.Tensor, unread: bool = False) -> torch.Tensor:
+        """In place, by a product of its own; unread: nothing is added, see `recompute.py`."""
+        return _Add.apply(output, *self, unread)
 
     def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient of the output [T, out] → gradients of narrow and lora_B."""
@@ -31,26 +31,30 @@ class LowRank(NamedTuple):
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, narrow, lora_B, scaling):
+    def forward(ctx, output, narrow, lora_B, scaling, unread):
         ctx.mark_dirty(output)
         ctx.save_for_backward(narrow, lora_B)
         ctx.scaling = scaling
-        return output.addmm_(narrow, lora_B.t(), alpha=scaling)
+        return output if unread else output.addmm_(narrow, lora_B.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, *LowRank(*ctx.saved_tensors, ctx.scaling).backward(gradient), None
+        return gradient, *LowRank(*ctx.saved_tensors, ctx.scaling).backward(gradient), None, None
 
 
 class _Frozen(torch.autograd.Function):
-    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ); the weight and bias are frozen. Kept for the backward: x."""
+    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ); the weight and bias are frozen. Kept for the backward: x.
+
+    unread: zeros in place of the first, see `recompute.py`.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, dropout):
+    def forward(ctx, x, weight, bias, lora_A, dropout, unread):
         dropped, mask = (x, None) if dropout == 0 else torch.native_dropout(x, dropout, True)
         ctx.save_for_backward(x, weight, lora_A, mask)
         ctx.keep = 1 - dropout
-        return F.linear(x, weight, bias), F.linear(dropped, lora_A)
+        output = x.new_zeros(x.shape[0], weight.shape[0]) if unread else F.linear(x, weight, bias)
+        return output, F.linear(dropped, lora_A)
 
     @staticmethod
     def backward(ctx, gradient, narrow_out):
@@ -61,7 +65,34 @@ class _Frozen(torch.autograd.Function):
         else:
             x = torch.ops.aten.native_dropout_backward(x, mask, 1 / ctx.keep)
             x_out += torch.ops.aten.native_dropout_backward(narrow_out @ lora_A, mask, 1 / ctx.keep)
-        return x_out, None, None, narrow_out.t() @ x, None
+        return x_out, None, None, narrow_out.t() @ x, None, None
+
+
+class _Unread(torch.autograd.Function):
+    """Zeros for x [T, in] · weightᵀ, with the product's backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return x.new_zeros(x.shape[0], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, None if x is None else gradient.t() @ x
+
+
+class _UnreadScatter(torch.autograd.Function):
+    """Zeros for the sums of x [T, …] over the tensor ranks, cut over them, with the backward of that."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.new_zeros(x.shape[0] // group.size(), *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gather_from_sequence_parallel_region(gradient, group=ctx.group), None
 
 
 class _WithAdapter:
@@ -71,19 +102,23 @@ class _WithAdapter:
         super().__init__(*args, **kwargs)
         self.register_module("adapter", None)
 
-    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, LowRank | None]:
-        """x [T, 1, in] as this rank's weight takes it → the base's [T, out] and what the adapter adds, before any sum over ranks."""
+    def in_parts(self, x: torch.Tensor, unread: bool = False) -> tuple[torch.Tensor, LowRank | None]:
+        """x [T, 1, in] as this rank's weight takes it → the base's [T, out] and what the adapter adds, before any sum over ranks.
+
+        unread: zeros for the base's, see `recompute.py`.
+        """
         adapter, x = self.adapter, x.flatten(0, 1)
         if not adapter.enabled:
             return F.linear(x, self.weight, self.bias), None
         lora_A, lora_B = adapter.factors()
-        output, narrow = _Frozen.apply(x, self.weight, self.bias, lora_A, adapter.dropout if self.training else 0.0)
+        dropout = adapter.dropout if self.training else 0.0
+        output, narrow = _Frozen.apply(x, self.weight, self.bias, lora_A, dropout, unread)
         return output, LowRank(narrow, lora_B, adapter.scaling)
 
-    def with_lora(self, x: torch.Tensor) -> torch.Tensor:
+    def with_lora(self, x: torch.Tensor, unread: bool = False) -> torch.Tensor:
         """The same added, [T, 1, out]."""
-        output, low_rank = self.in_parts(x)
-        return (output if low_rank is None else low_rank.add_to(output)).unsqueeze(1)
+        output, low_rank = self.in_parts(x, unread)
+        return (output if low_rank is None else low_rank.add_to(output, unread)).unsqueeze(1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         adapter, self.adapter = self.adapter, None  # its tensors have layouts of their own
@@ -102,22 +137,29 @@ class ColumnLinear(_WithAdapter, ColumnParallelLinear):
             return super().forward(x, *args, **kwargs)
         return self.with_lora(x), None
 
-    def in_parts(self, x: torch.Tensor) -> tuple[torch.Tensor, LowRank | None]:
+    def in_parts(self, x: torch.Tensor, unread: bool = False) -> tuple[torch.Tensor, LowRank | None]:
         if self.adapter is None:
             return super().forward(x)[0].flatten(0, 1), None
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return super().in_parts(x)
+        return super().in_parts(x, unread)
 
 
 class RowLinear(_WithAdapter, RowParallelLinear):
     """Input dim cut over the tensor ranks. [T, 1, in / tp] → ([T, 1, out], None); scatters over the sequence again."""
 
-    def forward(self, x: torch.Tensor):
-        if self.adapter is None:
+    def forward(self, x: torch.Tensor, unread: bool = False):
+        """unread: zeros will do, see `recompute.py`."""
+        if self.adapter is None and not unread:
             return super().forward(x)
+        if self.adapter is None:
+            output = _Unread.apply(x.flatten(0, 1), self.weight).unsqueeze(1)
+        elif not self.sequence_parallel:
+            return self.with_lora(x, unread), None
+        else:
+            with get_cuda_rng_tracker().fork():  # each tensor rank drops its own part of the input
+                output = self.with_lora(x, unread)
         if not self.sequence_parallel:
-            return self.with_lora(x), None
-        with get_cuda_rng_tracker().fork():  # each tensor rank drops its own part of the input
-            output = self.with_lora(x)
-        return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
+            return output, None
+        scatter = _UnreadScatter.apply if unread else reduce_scatter_to_sequence_parallel_region
+        return scatter(output, self.tp_group), None

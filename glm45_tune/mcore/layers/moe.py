@@ -17,6 +17,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
 
 from glm45_tune.mcore.layers.experts import GatherRows, GroupedExperts, SumRows, plan_rows
+from glm45_tune.mcore.layers.recompute import is_unread
 from glm45_tune.mcore.layers.router import Router
 from glm45_tune.mcore.layers.swiglu import SharedExperts
 
@@ -28,6 +29,8 @@ class Transfer:
     group: dist.ProcessGroup
     send: list[int]
     receive: list[int]
+    unread: bool = False
+    """Forward nothing travels and zeros arrive, see `recompute.py`."""
 
     def start(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> None:
         self.rows = rows.contiguous()  # alive until it has left
@@ -46,6 +49,8 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, transfer: Transfer):
         ctx.transfer = transfer
+        if transfer.unread:
+            return rows.new_zeros(sum(transfer.receive), *rows.shape[1:])
         transfer.start(rows, transfer.send, transfer.receive)
         return transfer.landing.view_as(transfer.landing)
 
@@ -60,7 +65,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, transfer: Transfer):
         ctx.transfer = transfer
-        return transfer.finish().view_as(rows)
+        return (rows if transfer.unread else transfer.finish()).view_as(rows)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -86,7 +91,7 @@ class MoE(MoELayer):
         self.experts = GroupedExperts(self.num_local_experts, config, pg_collection)
         self.shared_experts = SharedExperts(config, submodules, gate=False, pg_collection=pg_collection)
         self.etp_group = pg_collection.expt_tp
-        self.recompute = "moe" in (config.recompute_modules or [])
+        self.recompute = self.ends_recompute = "moe" in (config.recompute_modules or [])
 
     def forward(self, hidden_states: torch.Tensor, padding_mask=None, **_) -> tuple[torch.Tensor, None]:
         """[T, 1, hidden] → (same, no bias). padding_mask: bool [1, T], True where a token is no data; None: all are."""
@@ -96,14 +101,15 @@ class MoE(MoELayer):
         return self._forward(hidden_states, padding_mask), None
 
     def _forward(self, hidden: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        unread = is_unread(self.ends_recompute)
         probs, experts = self.router(hidden, padding)
         x = hidden.flatten(0, 1)
         plan = plan_rows(experts, self.config.num_moe_experts)
         counts = plan.edges.diff()
         self.router.count(counts, experts, padding)
         if self.ep_group.size() == 1 and self.etp_group.size() == 1:
-            shared = self.shared_experts.project(self.shared_experts.activate(hidden))
-            return self.experts(x, probs, plan, shared.flatten(0, 1)).view_as(hidden)
+            shared = self.shared_experts.project(self.shared_experts.activate(hidden), unread)
+            return self.experts(x, probs, plan, shared.flatten(0, 1), unread).view_as(hidden)
         toward = plan_rows(each_once(experts // self.num_local_experts, self.ep_group.size()), self.ep_group.size())
         send, receive, choices = self._sizes(toward.edges.diff(), counts)
         toward = toward.first(sum(send))
@@ -112,11 +118,11 @@ class MoE(MoELayer):
         routes = _Depart.apply(GatherRows.apply(torch.cat([probs, experts.to(probs.dtype)], 1), toward), arriving)
         activated = self.shared_experts.activate(hidden)
         probs, experts = _Arrive.apply(routes, arriving).chunk(2, dim=1)
-        rows = self._on_this_rank(_Arrive.apply(rows, leaving), probs, self._local(experts), choices)
-        back = Transfer(self.ep_group, receive, send)
+        rows = self._on_this_rank(_Arrive.apply(rows, leaving), probs, self._local(experts), choices, unread)
+        back = Transfer(self.ep_group, receive, send, unread)
         rows = _Depart.apply(rows, back)
-        shared = self.shared_experts.project(activated)
-        return SumRows.apply(_Arrive.apply(rows, back), shared.flatten(0, 1), toward).view_as(hidden)
+        shared = self.shared_experts.project(activated, unread)
+        return SumRows.apply(_Arrive.apply(rows, back), shared.flatten(0, 1), toward, unread).view_as(hidden)
 
     def _sizes(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[list[int], list[int], int]:
         """rows: int [ranks], how many go to each; counts: int [experts], choices of each → rows to and from every rank, and the
@@ -135,20 +141,21 @@ class MoE(MoELayer):
         number = experts.detach().to(torch.int32) - self.ep_group.rank() * self.num_local_experts
         return number.masked_fill((number < 0) | (number >= self.num_local_experts), self.num_local_experts)
 
-    def _on_this_rank(self, x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, choices: int) -> torch.Tensor:
+    def _on_this_rank(self, x, probs, experts, choices: int, unread: bool) -> torch.Tensor:
         """[R, hidden] → the sum of what this rank's experts make of each row; probs and experts [R, K], of them `choices` here.
 
         Expert tensor ranks each hold a slice of every expert: they pool rows and share out sums.
         """
         etp = self.etp_group
         if etp.size() == 1:
-            return self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices))
+            return self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices), unread=unread)
         own = torch.tensor([x.shape[0], choices], device=x.device)
         sizes = own.new_empty(2 * etp.size())
         dist.all_gather_into_tensor(sizes, own, group=etp)
         splits, choices = sizes[::2].tolist(), int(sizes[1::2].sum())
         x, probs, experts = (
-            gather_from_sequence_parallel_region(t, group=etp, output_split_sizes=splits) for t in (x, probs, experts)
+            gather_from_sequence_parallel_region(t.contiguous(), group=etp, output_split_sizes=splits)
+            for t in (x, probs, experts)
         )
-        output = self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices))
+        output = self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices), unread=unread)
         return reduce_scatter_to_sequence_parallel_region(output, group=etp, input_split_sizes=splits)

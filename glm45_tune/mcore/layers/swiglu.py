@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
+from glm45_tune.mcore.layers.recompute import is_unread
+
 
 def swiglu_forward(gate_up: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """silu(gate) · up · scale, [N, 2F] and fp32 [N] or None → [N, F] in gate_up's dtype. No autograd."""
@@ -54,8 +56,12 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 class GatedMLP(MLP):
     """megatron's MLP with this activation: the dense layers."""
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.ends_recompute = "mlp" in (config.recompute_modules or [])
+
     def forward(self, hidden_states, **_):
-        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
+        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]), is_unread(self.ends_recompute))
 
 
 class SharedExperts(SharedExpertMLP):
@@ -65,6 +71,6 @@ class SharedExperts(SharedExpertMLP):
         """[T, 1, hidden] → [T, 1, F of this tensor rank]."""
         return swiglu(self.linear_fc1(hidden_states)[0])
 
-    def project(self, activated: torch.Tensor) -> torch.Tensor:
-        """What `activate` gave → [T, 1, hidden]."""
-        return self.linear_fc2(activated)[0]
+    def project(self, activated: torch.Tensor, unread: bool) -> torch.Tensor:
+        """What `activate` gave → [T, 1, hidden]; unread: zeros will do."""
+        return self.linear_fc2(activated, unread)[0]
