@@ -256,7 +256,8 @@ class TrainConfig(Section):
     distributed_timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """How long a rank may take over one pass, an update or a load before the run ends and says which rank hangs, and where."""
     recompute_granularity: Literal["auto", "full", "selective"] | None = None
-    """auto: full with block, the fewest layers that leave room on the cards the run finds itself on, stage by stage."""
+    """auto: full with block, the fewest layers that leave room on the cards the run finds itself on, stage by stage; and of the
+    others nothing, attention or moe, whichever is fastest, where recompute_modules names none."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""
     recompute_num_layers: Positive = 1

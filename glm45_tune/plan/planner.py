@@ -81,36 +81,58 @@ def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
 
 
 def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan:
-    """The recipe under this layout as it stands; with recompute `auto`, the least that fits. Raises UserError."""
+    """The recipe under this layout as it stands; with recompute `auto`, the fastest that fits. Raises UserError."""
     check(spec, layout, recipe)
-    model = Model(spec, layout, recipe)
-    stages = model.all_stages()
     if recipe.train.recompute_granularity == "auto":
-        free = hardware.card.memory_gib * GIB
-        stages = [model.memory(s, model.first_layers(s, _again(model, s, free))) for s in range(len(model.stages))]
-    return _of(model, hardware, stages)
+        return _auto(spec, recipe, layout, hardware)[0]
+    model = Model(spec, layout, recipe)
+    return _of(model, hardware, model.all_stages())
 
 
-def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, card: Card) -> Recipe:
-    """The recipe as the ranks of a stage run it: recompute `auto` is as many first layers as `plan` says of this card, or all of them
+def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> Recipe:
+    """The recipe as the ranks of a stage run it: recompute `auto` is what `plan` says of this hardware, or all layers where even that
 
-    where even that is too little by its count.
+    is too little by its count.
     """
     if recipe.train.recompute_granularity != "auto":
         return recipe
-    model = Model(spec, layout, recipe)
-    again = _again(model, stage, card.memory_gib * GIB)
-    if again:
-        chosen = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": again}
+    found, again = _auto(spec, recipe, layout, hardware)
+    if again[stage]:
+        chosen = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": again[stage]}
     else:
-        chosen = {"recompute_granularity": "selective" if recipe.train.recompute_modules else None}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=chosen)})
+        chosen = {"recompute_granularity": "selective" if found.recipe.train.recompute_modules else None}
+    return found.recipe.model_copy(update={"train": found.recipe.train.model_copy(update=chosen)})
 
 
-def _again(model: Model, stage: int, free_bytes: float) -> int:
-    """First layers of each of a stage's segments that `auto` computes again: as few as fit, or all of them where nothing does."""
-    again = model.least(stage, free_bytes)
-    return model.stages[stage] if again is None else again
+def _auto(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]]:
+    """Recompute `auto`, and how many first layers of each stage's segments it computes again: all where nothing fits."""
+    found = _fastest(spec, recipe, layout, hardware)
+    if found:
+        return found
+    model = Model(spec, layout, recipe)
+    return _of(
+        model, hardware, [model.memory(n, model.first_layers(n, count)) for n, count in enumerate(model.stages)]
+    ), model.stages
+
+
+def _fastest(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]] | None:
+    """As few first layers as fit; of the others what the recipe names, or else nothing, their attention or their experts, whichever
+
+    makes the fastest step. None: nothing fits.
+    """
+    free, best, named = hardware.card.memory_gib * GIB, None, recipe.train.recompute_modules
+    for modules in ([], ["attention"], ["moe"]) if named is None else (named,):
+        train = recipe.train.model_copy(update={"recompute_modules": modules})
+        model = Model(spec, layout, recipe.model_copy(update={"train": train}))
+        again = [model.least(stage, free) for stage in range(len(model.stages))]
+        if None in again:
+            continue
+        found = _of(model, hardware, [model.memory(stage, model.first_layers(stage, n)) for stage, n in enumerate(again)])
+        if best is None or found.tokens_per_second > best[0].tokens_per_second:
+            best = found, again
+        if not any(again):
+            break  # with nothing left out it fits
+    return best
 
 
 def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
@@ -120,23 +142,12 @@ def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
     return Plan(model.spec, model.recipe, model.layout, hardware, stages, time)
 
 
-def _least(model: Model, hardware: Hardware) -> list[StageMemory] | None:
-    stages = []
-    for stage in range(len(model.stages)):
-        again = model.least(stage, hardware.card.memory_gib * GIB)
-        if again is None:
-            return None
-        stages.append(model.memory(stage, model.first_layers(stage, again)))
-    return stages
-
-
 def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan | None:
-    """The layout with as little computed again as fits; None where nothing fits. Raises UserError on a wrong layout."""
+    """The layout with recompute `auto`, whatever the recipe says; None where nothing fits. Raises UserError on a wrong layout."""
     check(spec, layout, recipe)
-    train = recipe.train.model_copy(update={"recompute_granularity": "auto"})  # whatever it says: it is chosen here
-    model = Model(spec, layout, recipe.model_copy(update={"train": train}))
-    stages = _least(model, hardware)
-    return _of(model, hardware, stages) if stages else None
+    auto = recipe.train.model_copy(update={"recompute_granularity": "auto", "recompute_modules": None})
+    found = _fastest(spec, recipe.model_copy(update={"train": auto}), layout, hardware)
+    return found and found[0]
 
 
 def search(spec: ModelSpec, recipe: Recipe, hardware: Hardware) -> list[Plan]:

@@ -39,7 +39,11 @@ def recompute_text(plan: Plan) -> str:
     train, again, all_layers = plan.recipe.train, plan.recomputed, plan.spec.num_layers
     if train.recompute_granularity == "selective":
         return f"selective: {', '.join(train.recompute_modules or ['core_attn'])}"
-    return "none" if not again else f"{'all' if again == all_layers else f'{again} of the'} {all_layers} layers"
+    whole = f"{'all' if again == all_layers else f'{again} of the'} {all_layers} layers" if again else ""
+    halves = ""
+    if again < all_layers and train.recompute_granularity is not None and train.recompute_modules:
+        halves = f"{' and '.join(train.recompute_modules)} of " + ("the others" if again else "all layers")
+    return ", ".join(filter(None, (whole, halves))) or "none"
 
 
 def duration(seconds: float) -> str:
@@ -185,10 +189,12 @@ def settings_text(plan: Plan) -> str:
     layout = plan.layout
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
     keys = [f"parallel.{name}={getattr(layout, name)}" for name in (*names, "expert_tensor_parallel_size")]
-    again = plan.recomputed
-    if again == 0:
-        keys.append("train.recompute_granularity=null")
-    else:
+    again, modules = plan.recomputed, plan.recipe.train.recompute_modules
+    if again:
         keys += ["train.recompute_granularity=full", "train.recompute_method=block"]
         keys.append(f"train.recompute_num_layers={max(sum(stage.recompute) for stage in plan.stages)}")
+    else:
+        keys.append(f"train.recompute_granularity={'selective' if modules else 'null'}")
+    if modules:
+        keys.append(f"train.recompute_modules=[{','.join(modules)}]")
     return " ".join(keys)

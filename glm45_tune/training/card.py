@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from glm45_tune.layout import ranks_here
 from glm45_tune.mcore import runtime
 from glm45_tune.plan.cards import CARDS, Card, card_named, find_card
+from glm45_tune.plan.planner import Hardware
+from glm45_tune.training.prepare import Job
 
 
 def this_card() -> Card:
@@ -23,6 +26,13 @@ def this_card() -> Card:
     free = torch.tensor(_free_gib(), dtype=torch.float64, device=runtime.device())
     dist.all_reduce(free, dist.ReduceOp.MIN)
     return replace(card, memory_gib=free.item())
+
+
+def hardware(job: Job) -> Hardware:
+    """What a job runs on and with, as the planner asks: its documents as long as they are, the mean over tokens."""
+    lengths = np.zeros(0) if job.stream else job.train.lengths.astype(np.float64)
+    tokens = (lengths**2).sum() / lengths.sum() if lengths.sum() else job.recipe.data.seq_length
+    return Hardware(job.card, job.layout.world_size, ranks_here(), min(tokens, job.recipe.data.seq_length))
 
 
 def _free_gib() -> float:

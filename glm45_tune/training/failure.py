@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from glm45_tune.errors import StoppedError, UserError, VerificationError
 from glm45_tune.plan import planner, report
-from glm45_tune.plan.planner import Hardware
+from glm45_tune.training.card import hardware
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.watchdog import Watchdog
 
@@ -56,10 +56,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _out_of_memory(job: Job, watchdog: Watchdog, error: Exception) -> str:
-    card = job.card
-    hardware = Hardware(card, job.layout.world_size, max(torch.cuda.device_count(), 1), job.recipe.data.seq_length)
-    now = planner.plan(job.source.spec, job.recipe, job.layout, hardware)
-    fitting = planner.search(job.source.spec, job.recipe, hardware)
+    cards = hardware(job)
+    now = planner.plan(job.source.spec, job.recipe, job.layout, cards)
+    fitting = planner.search(job.source.spec, job.recipe, cards)
     smaller = [plan for plan in fitting if plan.worst.needed < now.worst.needed]
     where = f"step {watchdog.step + 1}, {watchdog.phase}"
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -69,6 +68,6 @@ def _out_of_memory(job: Job, watchdog: Watchdog, error: Exception) -> str:
         advice += f"{report.settings_text(best)}. The same command with it goes on from the last checkpoint."
     else:
         advice = (
-            f"The planner knows no layout of {hardware.gpus} × {card.name} that takes less: more cards, or a shorter row."
+            f"The planner knows no layout of {cards.gpus} × {cards.card.name} that takes less: more cards, or a shorter row."
         )
     return f"rank {os.environ.get('RANK', 0)} is out of memory in {where}: {first}\n{advice}"

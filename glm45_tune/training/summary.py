@@ -6,7 +6,7 @@ from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.plan.memory import GIB
-from glm45_tune.plan.planner import Hardware
+from glm45_tune.training.card import hardware
 from glm45_tune.training.prepare import Job
 
 
@@ -39,20 +39,19 @@ def _recompute_line(job: Job) -> str:
         return train.recompute_granularity or "none"
     spec, layout = job.source.spec, job.layout
     stages = range(layout.pipeline_model_parallel_size)
-    chosen = [planner.with_recompute(spec, job.recipe, layout, stage, job.card).train for stage in stages]
+    chosen = [planner.with_recompute(spec, job.recipe, layout, stage, hardware(job)).train for stage in stages]
     counts = [train.recompute_num_layers if train.recompute_granularity == "full" else 0 for train in chosen]
-    return f"auto: the first {', '.join(map(str, counts))} layers" + (" of the stages" if len(counts) > 1 else "")
+    said = f"auto: the first {', '.join(map(str, counts))} layers" + (" of the stages" if len(counts) > 1 else "")
+    return said + "".join(f", {name} of the others" for name in chosen[0].recompute_modules or [])
 
 
 def _memory_line(job: Job) -> str:
-    card = job.card
-    hardware = Hardware(card, job.layout.world_size, 8, job.recipe.data.seq_length)
     try:
-        worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware).worst
+        worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware(job)).worst
     except UserError:  # the planner wants rows that tensor ranks divide; training pads them
-        return f"{card.memory_gib:.0f} GiB free"
+        return f"{job.card.memory_gib:.0f} GiB free"
     return (
-        f"{worst.needed / GIB:.1f} GiB planned of {card.memory_gib:.0f} free: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
+        f"{worst.needed / GIB:.1f} GiB planned of {job.card.memory_gib:.0f} free: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
         f"{worst.gradients / GIB:.1f}, optimizer {worst.optimizer / GIB:.1f}, activations {(worst.activations + worst.working) / GIB:.1f}"
     )
 

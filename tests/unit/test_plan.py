@@ -236,12 +236,13 @@ def test_auto_recompute_runs_as_it_is_planned(gib, overrides):
     """What the ranks of each stage run is what the plan shows: the least that fits the card, or all where nothing does."""
     spec, layout, recipe = _air("train.recompute_granularity=auto", *overrides)
     card = dataclasses.replace(CARDS["h20"], memory_gib=gib)
-    shown = plan(spec, recipe, layout, Hardware(card, 4, 8, 8192))
+    hardware = Hardware(card, 4, 8, 8192)
+    shown = plan(spec, recipe, layout, hardware)
     for stage, memory in enumerate(shown.stages):
-        run = with_recompute(spec, recipe, layout, stage, card)
+        run = with_recompute(spec, recipe, layout, stage, hardware)
         assert Model(spec, layout, run).all_stages()[stage].recompute == memory.recompute
         assert Model(spec, layout, run).all_stages()[stage].needed == memory.needed
-        least = Model(spec, layout, recipe).least(stage, gib * GIB)
+        least = Model(spec, layout, shown.recipe).least(stage, gib * GIB)
         assert all(memory.recompute) if least is None else (memory.needed <= gib * GIB)
 
 
@@ -251,3 +252,36 @@ def test_the_memory_benchmark_predicts_without_a_card():
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [line for line in ended.stdout.splitlines() if line.startswith("| ") and " - " in line]
     assert len(rows) >= 12 and all(float(row.split("|")[2]) > 10 for row in rows)
+
+
+@pytest.mark.parametrize("document_tokens, half", [(512, "attention"), (16384, "moe")])
+def test_auto_recomputes_the_half_that_costs_less(document_tokens, half):
+    """Of layers that are not recomputed whole: short documents make attention cheap, long ones dear. With room, nothing."""
+    spec, _ = find_spec("GLM-4.5-Air")
+    recipe = Recipe.from_dict(
+        {
+            "model": {"path": "GLM-4.5-Air"},
+            "data": {"train": "none", "seq_length": 16384},
+            "parallel": {"expert_model_parallel_size": 2, "world_size": 2},
+            "lora": {"r": 16, "lora_alpha": 32},
+            "train": {"steps": 1, "global_batch_size": 2, "recompute_granularity": "auto"},
+            "output_dir": "none",
+        }
+    )
+    layout = recipe.parallel.layout()
+
+    def chosen(memory_gib, **train):
+        hardware = Hardware(dataclasses.replace(CARDS["h200"], memory_gib=memory_gib), 2, 2, document_tokens)
+        asked = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+        run = with_recompute(spec, asked, layout, 0, hardware).train
+        shown = plan(spec, asked, layout, hardware)
+        assert not run.recompute_granularity == "full" or sum(shown.stages[0].recompute) == run.recompute_num_layers
+        return run, shown
+
+    run, shown = chosen(137.4)
+    assert run.recompute_granularity == "full" and run.recompute_method == "block" and run.recompute_modules == [half]
+    named, slower = chosen(137.4, recompute_modules=[])
+    assert named.recompute_modules == [] and shown.time.total < slower.time.total and shown.fits and slower.fits
+    assert chosen(1000.0)[0].recompute_granularity is None
+    most, _ = chosen(1.0)
+    assert most.recompute_granularity == "full" and most.recompute_num_layers == spec.num_layers
