@@ -4,8 +4,8 @@
 
 Expert parallel over all ranks, or over `--expert-parallel` of them. Every rank trains `--rows` rows of `--tokens` a step: documents
 of log-normal lengths, or one document. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny` runs
-the same on CPU ranks. `--profile` also prints where one step's GPU time goes
-and how much of a step of one row a rank lies outside the layers. The planner's memory stands beside the measured.
+the same on CPU ranks. `--profile` also prints where one step's GPU time goes, and how much of a step of one row a rank lies outside
+the layers. The planner's memory stands beside the measured.
 """
 
 import argparse
@@ -111,9 +111,7 @@ def outside(trainer, step) -> float:
     hooks.append(decoder.register_forward_hook(after_forward))
     for parameter in decoder.layers[0].parameters():
         if parameter.requires_grad:
-            hooks.append(
-                parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends"))
-            )  # the last one counts
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends")))  # the last counts
     mark("step begins")
     step()
     mark("step ends")

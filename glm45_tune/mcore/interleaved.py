@@ -21,6 +21,8 @@ class TwoWayCommunicator(P2PCommunicator):
         self._backward_group, _ = dist.new_subgroups_by_enumeration(
             [list(ranks) for ranks in sorted(set(map(tuple, pipelines)))]
         )
+        if torch.cuda.is_available():  # see runtime's groups: NCCL takes its memory now, not in the middle of a step
+            dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=self._backward_group)
 
     def _communicate(
         self,

@@ -2,7 +2,8 @@
 
 One Term is one tensor: its bytes on this rank, and what wants it. Nothing is kept for the sake of a frozen weight. Legend:
 T tokens of a micro batch on this tensor group, S = T / tensor ranks (sequence parallel), N rows at this rank's experts (S · top-k ·
-expert tensor ranks; routing is taken to be even), R those that travel to them, a token once for all its choices there, F an expert's width here, d bytes of a number, h hidden size.
+expert tensor ranks; routing is taken to be even), R those that travel to them, a token once for all its choices there, F an
+expert's width here, d bytes of a number, h hidden size.
 `*_terms` stay until backward comes to them; `*_working` live for a moment of it.
 """
 

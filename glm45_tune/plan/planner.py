@@ -110,9 +110,8 @@ def _auto(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -
     if found:
         return found
     model = Model(spec, layout, recipe)
-    return _of(
-        model, hardware, [model.memory(n, model.first_layers(n, count)) for n, count in enumerate(model.stages)]
-    ), model.stages
+    stages = [model.memory(stage, model.first_layers(stage, count)) for stage, count in enumerate(model.stages)]
+    return _of(model, hardware, stages), model.stages
 
 
 def _fastest(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]] | None:
