@@ -5,7 +5,7 @@
 Expert parallel over all ranks, or over `--expert-parallel` of them. Every rank trains `--rows` rows of `--tokens` a step: documents
 of log-normal lengths, or one document. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny` runs
 the same on CPU ranks. `--profile` also prints where one step's GPU time goes, and how much of a step of one row a rank lies outside
-the layers. The planner's memory stands beside the measured.
+the layers. The planner's memory and step stand beside the measured.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from glm45_tune.data.batch import Batch
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
-from glm45_tune.plan.memory import Model as PlannedMemory
+from glm45_tune.plan.cards import card_named, find_card
+from glm45_tune.plan.planner import Hardware, plan
 from glm45_tune.recipe import Recipe
 
 TINY = dataclasses.replace(
@@ -93,6 +94,16 @@ def teraflop(spec, bounds: list[int], full: bool) -> float:
     active += spec.hidden_size * spec.vocab_size
     pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
     return ((6 if full else 4) * active * bounds[-1] + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
+
+
+def planned(spec, recipe, layout, batches) -> str:
+    """What the planner says of this on this card."""
+    card = card_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    lengths = np.concatenate([np.diff(batch.bounds) for batch in batches]).astype(float)
+    ranks = layout.world_size
+    found = plan(spec, recipe, layout, Hardware(card or find_card("cpu"), ranks, ranks, (lengths**2).sum() / lengths.sum()))
+    step = f", {found.time.total:.3f} s a step" if found.time else ""
+    return f"planned peak {found.worst.peak / 2**30:.1f} GiB{step}"
 
 
 def outside(trainer, step) -> float:
@@ -211,7 +222,7 @@ def main() -> None:
             f"steps {np.round(times, 3).tolist()}",
             flush=True,
         )
-        print(f"planned peak {PlannedMemory(spec, layout, recipe).all_stages()[0].peak / 2**30:.1f} GiB")
+        print(planned(spec, recipe, layout, batches))
         if torch.cuda.is_available():
             free, whole = torch.cuda.mem_get_info()
             print(
