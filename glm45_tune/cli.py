@@ -174,7 +174,7 @@ def data(
     model: Annotated[
         Path | None, typer.Option(help="Checkpoint whose tokenizer and template are used; a recipe names its own.")
     ] = None,
-    show: Annotated[int, typer.Option(help="How many samples to show.")] = 1,
+    show: Annotated[int, typer.Option(min=0, help="How many samples to show.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what training will see: counts, lengths, packing, samples with the trained tokens in colour, every bad row."""
@@ -357,9 +357,10 @@ def evaluate(
     runs = [path for path in models if is_run(path)]
     if runs and adapter:
         raise UserError(f"eval: {runs[0]} is a run and has an adapter of its own; leave --adapter out.")
-    for path in models:
-        if path not in runs:
-            check_model(path, adapter)
+    for path in [path for path in models if path not in runs]:
+        if step is not None:
+            raise UserError(f"eval: {path} is no run, so it has no step {step}; leave --step out.")
+        check_model(path, adapter)
     scores = []
     for path in models:
         if path in runs:
@@ -388,12 +389,12 @@ def main() -> None:
     try:
         app()
     except (UserError, StoppedError, VerificationError) as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
+        if os.environ.get("RANK", "0") == "0":
             _say(f"error: {error}")
         elif _ranks_run():  # before that all ranks found the same, and the first one says it
-            _say(f"error on rank {rank}: {error}")
+            _say(f"error on rank {os.environ['RANK']}: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130 and "RANK" not in os.environ:  # typer's word for Ctrl-C
+            _say("interrupted; the same command goes on from what was saved")
+        raise

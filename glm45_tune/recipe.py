@@ -230,7 +230,6 @@ class TrainConfig(Section):
     """Give epochs or steps."""
     freeze: list[str] = []
     """Weights that full fine-tuning leaves as they are: parts of names as the checkpoint or megatron (GPTModel) has them, such as
-
     embed_tokens, router, self_attn, layers.0, layers.[0-9].mlp; `*` stands for anything. One that names nothing is an error.
     """
     deterministic: bool = False
@@ -248,7 +247,6 @@ class TrainConfig(Section):
     """Also save whenever the held-out loss is the lowest so far, and keep that checkpoint beside the last ones."""
     on_change: Literal["error", "continue", "restart"] = "error"
     """Of a run that is resumed with other data, another model or another shape of training: say what changed; or go on from its
-
     last checkpoint, where the weights still fit; or set the earlier run aside, beside this one, and begin anew.
     """
     max_skipped_steps: Positive = 5
@@ -256,8 +254,7 @@ class TrainConfig(Section):
     distributed_timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """How long a rank may take over one pass, an update or a load before the run ends and says which rank hangs, and where."""
     recompute_granularity: Literal["auto", "full", "selective"] | None = None
-    """auto: full with block, the fewest layers that leave room on the cards the run finds itself on, stage by stage; and of the
-    others nothing, attention or moe, whichever is fastest, where recompute_modules names none."""
+    """auto: full with block, the fewest layers that fit the cards, and of the others the modules that make the fastest step."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Of full: uniform recomputes every run of recompute_num_layers layers, block the first recompute_num_layers only."""
     recompute_num_layers: Positive = 1
@@ -266,9 +263,14 @@ class TrainConfig(Section):
     core_attn. Of full with block, and of auto: the same in the layers that are not recomputed whole."""
 
     @model_validator(mode="after")
-    def _one_length(self):
+    def _keys_agree(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
+        whole = self.recompute_granularity == "full" and self.recompute_method == "uniform"
+        if self.recompute_modules and (whole or self.recompute_granularity is None):
+            raise ValueError(
+                "recompute_modules needs recompute_granularity auto, selective, or full with recompute_method block"
+            )
         return self
 
 

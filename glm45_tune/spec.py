@@ -126,6 +126,10 @@ def read_config(directory: str | Path) -> dict:
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory. Give the folder of a downloaded or converted checkpoint.")
+    if not path.is_file() and (Path(directory) / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{directory}: a run, not a model. Make one of it first: glm45-tune export {directory} --output MODEL"
+        )
     if not path.is_file():
         raise CheckpointError(f"{directory}: no config.json here. Give the folder of a downloaded or converted checkpoint.")
     try:

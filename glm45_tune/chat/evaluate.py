@@ -55,6 +55,15 @@ def check_output(output: Path | None) -> None:
     """Raise UserError, before anything is asked, where scores could not be written."""
     if output and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UserError(f"eval: --output {output} cannot be written: a file in a directory that is there is expected.")
+    if output and output.is_file() and not _is_ours(output):
+        raise UserError(f"eval: --output {output} exists and holds no scores, so it is not replaced. Choose another.")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return all("perplexity" in scores for scores in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def load_questions(path: str) -> list[Question]:

@@ -33,6 +33,9 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: exists and is a file. Choose another output directory.")
+    for path in map(Path, inputs):
+        if path.resolve() in output.resolve().parents and "files" in (read_marker(path) or {}):
+            raise UserError(f"{output}: lies in {path}, which the result is made from. Choose another output directory.")
     if not output.is_dir() or not any(output.iterdir()):
         return
     for path in map(Path, inputs):

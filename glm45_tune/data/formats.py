@@ -73,8 +73,10 @@ def field_of(row: dict, field: str) -> str:
 
 
 def format_of(row: dict) -> str | None:
-    """The format a row's fields tell, if any does."""
-    return next((name for name, fields in FORMATS.items() if any(field in row for field in fields)), None)
+    """The format a row's fields tell, if any does; a field that is null is none, unless all are."""
+    found = (name for name, fields in FORMATS.items() if any(row.get(field) is not None for field in fields))
+    empty = (name for name, fields in FORMATS.items() if any(field in row for field in fields))
+    return next(found, None) or next(empty, None)
 
 
 def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
@@ -83,6 +85,9 @@ def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
     kind "preference" gives {"messages", "rejected_messages"}, two whole conversations; "rl" messages that await an answer;
     "labelled" {"messages", "label"}, the label as it is in the row.
     """
+    if None in row.values():  # merged sets have every column in every row
+        given = {key: value for key, value in row.items() if value is not None}
+        row = given if format_of(given) else row
     form = form or format_of(row)
     if form is None:
         fields = dict.fromkeys(field for fields in FORMATS.values() for field in fields)

@@ -62,6 +62,9 @@ class Corpus:
         """Samples with what `store` and `render_once` say about them."""
         return cls(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
 
+    def _said(self) -> str:
+        return ", ".join(f"{count} {what}" for what, count in {"bad": len(self.faults), **self.counts}.items())
+
     def check(self, on_bad_row: str) -> None:
         """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
         if self.faults and on_bad_row == "error":
@@ -69,9 +72,7 @@ class Corpus:
             more = f"\n… and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
             raise DataError("\n".join(lines) + more)
         if not self.samples:
-            raise DataError(
-                f"of {self.num_rows} rows none is left to train on ({len(self.faults)} bad, {dict(self.counts)})."
-            )
+            raise DataError(f"of {self.num_rows} rows none is left to train on ({self._said()}).")
 
 
 def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int) -> Iterator[Row]:

@@ -31,6 +31,7 @@ from glm45_tune.mcore.layers.loss import linear_cross_entropy
 from glm45_tune.mcore.layers.moe import MoE
 from glm45_tune.mcore.layers.mtp import MTPLayer
 from glm45_tune.mcore.layers.norm import LayerNorm, RMSNorm
+from glm45_tune.mcore.layers.recompute import never_again
 from glm45_tune.mcore.layers.swiglu import GatedMLP
 from glm45_tune.spec import ModelSpec
 
@@ -152,10 +153,7 @@ class Stack(HybridStack):
             whole = len(self.layers) if recompute_method == "uniform" else 2 * recompute_num_layers
             run = 1 if recompute_method == "block" else 2 * recompute_num_layers  # halves that are run again together
             for number, half in enumerate(list(self.layers)[:whole], 1):
-                for module in half.modules():
-                    for part in ("recompute", "recompute_mlp"):  # once with the whole layer is enough
-                        if hasattr(module, part):
-                            setattr(module, part, False)
+                never_again(half)  # once with the whole layer is enough
                 last = half.self_attention if isinstance(half, AttentionLayer) else half.mlp
                 last.ends_recompute = number % run == 0 or number == len(self.layers)
 

@@ -199,7 +199,7 @@ class Model:
             predictions = 1 + (self.spec.mtp_num_layers if self.with_mtp else 0)
             one += predictions * total(acts.head_terms(self.sizes))
             if self.with_mtp:
-                one += self.spec.mtp_num_layers * (self._kept[True] + total(acts.mtp_terms(self.sizes)))
+                one += self.spec.mtp_num_layers * (self._whole[True] + total(acts.mtp_terms(self.sizes)))
             worst, where = total(acts.head_working(self.sizes)), "head"
         freed = 0.0  # of this micro batch, by the layers behind whose backward is done
         for kept, rebuilt, working in reversed(groups):

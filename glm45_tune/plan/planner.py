@@ -196,7 +196,10 @@ def fewest(spec: ModelSpec, recipe: Recipe, hardware: Hardware, most: int = 1024
 def reason(found: Plan, best: Plan) -> str:
     """Why a layout stands where it stands, in a few words."""
     again = found.recomputed
-    parts = [f"{again} of {found.spec.num_layers} layers recomputed" if again else "nothing recomputed"]
+    halves = " and ".join(found.recipe.train.recompute_modules or [])
+    parts = [f"{again} of {found.spec.num_layers} layers recomputed"] if again else []
+    parts += [f"{halves} of {'the others' if again else 'all layers'} recomputed"] if halves else []
+    parts = parts or ["nothing recomputed"]
     if found.time:
         shares = {name: value / found.time.total for name, value in found.time.parts.items()}
         for name, what in (("bubble", "pipeline idle"), ("wires", "on the wires"), ("optimizer", "in the optimizer")):

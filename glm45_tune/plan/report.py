@@ -195,6 +195,5 @@ def settings_text(plan: Plan) -> str:
         keys.append(f"train.recompute_num_layers={max(sum(stage.recompute) for stage in plan.stages)}")
     else:
         keys.append(f"train.recompute_granularity={'selective' if modules else 'null'}")
-    if modules:
-        keys.append(f"train.recompute_modules=[{','.join(modules)}]")
+    keys.append(f"train.recompute_modules={'[' + ','.join(modules) + ']' if modules else 'null'}")
     return " ".join(keys)

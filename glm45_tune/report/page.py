@@ -42,6 +42,8 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run}: no metrics.jsonl here. The report is of a run's output_dir, after its first step.")
     output = Path(output) if output else run / "report.html"
+    if output.is_file() and not output.read_bytes().lstrip()[:14].lower().startswith(b"<!doctype html"):
+        raise UserError(f"{output}: exists and is no HTML page, so it is not replaced. Choose another --output.")
     rows = _lines(run / "metrics.jsonl")
     if not rows:
         raise UserError(f"{run}/metrics.jsonl: no step is done yet.")
@@ -74,9 +76,14 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
 def _lines(path: Path) -> list[dict]:
     """The whole lines; the last one may be under way."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
         if line.endswith("}"):
-            found.append(json.loads(line))
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: line {number} is not JSON: {error}. Its run wrote something else there."
+                ) from error
     return found
 
 

@@ -124,6 +124,8 @@ def test_what_cannot_be_evaluated_is_one_sentence(lora_run, checkpoints, asked, 
         ((lora_run, "--data", asked, "--adapter", adapter), "has an adapter of its own"),
         ((lora_run, "--data", asked, "--step", "3"), "no complete checkpoint of step 3"),
         ((air, "--data", asked, "--device-map", "nowhere"), "device_map nowhere"),
+        ((air, "--data", asked, "--step", "3"), "is no run, so it has no step 3"),
+        ((air, "--data", asked, "--output", asked), "holds no scores, so it is not replaced"),
     ):
         code, _, err = cli("eval", *arguments)
         assert code == 2 and words in err and "Traceback" not in err, err

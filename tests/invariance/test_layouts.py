@@ -56,6 +56,9 @@ MORE_KINDS = {
         "train": {"deterministic": True},
     },
 }
+# the same dropout, drawn again
+HALVES = {"recompute_granularity": "selective", "recompute_modules": ["attention", "moe", "mlp"]}
+MORE_KINDS["deterministic-halves"] = MORE_KINDS["deterministic"] | {"train": {"deterministic": True} | HALVES}
 # trained to their end: kind → (steps, learning rate, what the loss must fall below)
 CONVERGING = {"full": (15, 5e-3, 0.1), "lora": (30, 1e-2, 0.2)}
 SPEC = ModelSpec.from_config(config("355b", True, 512, [0]), "tiny")
@@ -162,6 +165,7 @@ def results(checkpoints, corpus, make_recipe, ranks, tmp_path_factory):
             for kind, sizes in MOVED
         ]
         + [_case(f"deterministic-{run}", "deterministic", _sizes(2, 1, 2, 1, 2, 1), 4, *common) for run in range(2)]
+        + [_case("deterministic-halves", "deterministic-halves", _sizes(2, 1, 2, 1, 2, 1), 4, *common)]
         + [_case(f"broken-{what}", "full", sizes, 4, *common, sabotage=what) for what, sizes in BROKEN.items()],
         8: [],
     }
@@ -254,6 +258,11 @@ def test_training_converges_as_on_one_rank(results, kind, sizes):
     theirs = json.loads((results / f"trained-{kind}-one.json").read_text())["losses"]
     assert ours[-1] < CONVERGING[kind][2] < 0.05 * ours[0]
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4 * ours[0]
+
+
+def test_recompute_drops_the_same_elements(results):
+    """LoRA's dropout in both halves under tensor and pipeline ranks, beside an MTP layer: as without recompute."""
+    assert _difference(results, "deterministic-halves", "deterministic-0") <= TOLERANCE
 
 
 def test_deterministic_runs_end_with_the_same_bits(results):

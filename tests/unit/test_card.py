@@ -72,7 +72,7 @@ def test_any_checkpoint_can_be_exported_and_its_card_ends_there(lora_run, tmp_pa
     assert "step 2" in card and f"→ {metrics[1]['train/loss']:.4g}" in card
     assert json.loads((tmp_path / "2" / "glm45_tune.json").read_text())["step"] == 2
     code, _, err = cli("export", lora_run, "--output", tmp_path / "3", "--step", 3)
-    assert code == 2 and "no complete checkpoint of step 3; there are 2, 4" in err and not (tmp_path / "3").exists()
+    assert code == 2 and "no complete checkpoint of step 3; complete ones: 2, 4" in err and not (tmp_path / "3").exists()
 
 
 def test_mtp_trained_along_is_said_and_served(full_run, tmp_path):

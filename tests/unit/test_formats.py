@@ -71,6 +71,13 @@ def test_a_format_becomes_messages(name):
     }
 
 
+@pytest.mark.parametrize("name", SAME)
+def test_a_null_column_is_none(name):
+    """Merged data sets give every row every column."""
+    row, messages = SAME[name]
+    assert canonical(dict.fromkeys(field for fields in FORMATS.values() for field in fields) | row) == {"messages": messages}
+
+
 def test_a_named_format_is_held_to():
     with pytest.raises(DataError, match="conversations is missing, which format sharegpt needs"):
         canonical({"messages": [Q, A]}, "sharegpt")

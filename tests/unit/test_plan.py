@@ -285,3 +285,14 @@ def test_auto_recomputes_the_half_that_costs_less(document_tokens, half):
     assert chosen(1000.0)[0].recompute_granularity is None
     most, _ = chosen(1.0)
     assert most.recompute_granularity == "full" and most.recompute_num_layers == spec.num_layers
+
+
+def test_what_search_prints_is_what_it_ranked(cli):
+    """Whatever the recipe has recomputed: the overrides replace it."""
+    given = ["train.recompute_granularity=selective", "train.recompute_modules=[attention,moe]"]
+    code, out, _ = cli("plan", AIR_LORA, "--gpu", "h20", "--gpus", 4, "--search", "--json", *given)
+    first = json.loads(out)[0]
+    assert code == 0
+    code, out, err = cli("plan", AIR_LORA, "--gpu", "h20", "--gpus", 4, *given, *first["settings"].split(), "--json")
+    assert code == 0, err
+    assert json.loads(out)["time"]["seconds_per_step"] == pytest.approx(first["time"]["seconds_per_step"], rel=1e-6)

@@ -66,6 +66,11 @@ FAULTS = [
     ({"optimizer": {"lr": True}}, ["optimizer.lr: is true"]),
     ({"train": {"epochs": 1, "save_interval_minutes": False}}, ["save_interval_minutes: is false"]),
     ({"train": {"epochs": 1, "seed": 2**40}}, ["train.seed", "less than"]),
+    ({"train": {"epochs": 1, "recompute_modules": ["moe"]}}, ["recompute_modules needs recompute_granularity"]),
+    (
+        {"train": {"epochs": 1, "recompute_granularity": "full", "recompute_modules": ["moe"]}},
+        ["full with recompute_method block"],
+    ),
     ({"model": {"path": "m", "moe_z_loss_coeff": -1}}, ["model.moe_z_loss_coeff", "greater than or equal to 0"]),
 ]
 

@@ -125,3 +125,17 @@ def test_evaluations_stand_base_beside_tuned(run):
 def test_what_is_no_run_is_said(tmp_path, cli):
     code, _, err = cli("report", tmp_path)
     assert code == 2 and "no metrics.jsonl here" in err
+
+
+def test_nothing_but_a_page_is_replaced(run, tmp_path, cli):
+    run, _ = run
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text("model: {}")
+    for output, kept in ((recipe, "model: {}"), (run / "metrics.jsonl", (run / "metrics.jsonl").read_text())):
+        code, _, err = cli("report", run, "--output", output)
+        assert code == 2 and "no HTML page" in err and output.read_text() == kept
+    for _ in range(2):
+        assert cli("report", run, "--output", tmp_path / "page.html")[0] == 0
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{not}\n')
+    code, _, err = cli("report", run)
+    assert code == 2 and "metrics.jsonl: line 2 is not JSON" in err

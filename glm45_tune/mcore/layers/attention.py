@@ -136,6 +136,9 @@ class Attention(MegatronModule):
 
     def forward(self, hidden_states, rotary_pos_emb, packed_seq_params: PackedSeqParams, **_):
         """[T (cut under sequence parallel), 1, hidden] → same. rotary_pos_emb: `rotary_table` of the whole row."""
+        unread = is_unread(
+            self.ends_recompute
+        )  # asked here: a recompute within (core_attn) ends with megatron thinking all is over
         mixed, low_rank = self.linear_qkv.in_parts(hidden_states)
         # each group's rows lie together: its query heads, its key, its value
         shape = self.num_groups, self.heads_per_group + 2, self.head_size
@@ -154,7 +157,7 @@ class Attention(MegatronModule):
             context = checkpoint(attend, False, query, key, value)
         else:
             context = attend(query, key, value)
-        return self.linear_proj(context.reshape(context.shape[0], 1, -1), is_unread(self.ends_recompute))
+        return self.linear_proj(context.reshape(context.shape[0], 1, -1), unread)
 
 
 def _no_norm(**_):

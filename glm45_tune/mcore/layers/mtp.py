@@ -8,10 +8,19 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.utils import make_viewless_tensor
 
 from glm45_tune.mcore.layers.attention import PackedRow
+from glm45_tune.mcore.layers.recompute import never_again
 
 
 class MTPLayer(MultiTokenPredictionLayer):
-    """Depth d (from 1) joins a position's hidden state with the embedding of the token d places on."""
+    """Depth d (from 1) joins a position's hidden state with the embedding of the token d places on.
+
+    Nothing in it is recomputed: megatron runs it inside a fork of the random state, which its recompute does not know of, so that
+    other elements would be dropped the second time.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        never_again(self)
 
     def _get_embeddings(
         self, input_ids, position_ids, embedding, hidden_states, packed_seq_params: PackedRow, padding_mask=None

@@ -10,3 +10,11 @@ def is_unread(ends_recompute: bool) -> bool:
     Its last product can be left out then, and any output of the right shape will do: only the backward through it counts.
     """
     return ends_recompute and is_checkpointing() and torch.is_grad_enabled()  # the first pass has no gradients
+
+
+def never_again(module: torch.nn.Module) -> None:
+    """Nothing in the module is recomputed by itself."""
+    for part in module.modules():
+        for name in ("recompute", "recompute_mlp", "ends_recompute"):
+            if hasattr(part, name):
+                setattr(part, name, False)
