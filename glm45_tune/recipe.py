@@ -357,7 +357,7 @@ class Recipe(Section):
         """Read a YAML file, apply `a.b=value` overrides. Raises RecipeError with every fault in one message."""
         path = Path(path)
         if not path.is_file():
-            raise RecipeError(f"{path}: no such recipe.")
+            raise RecipeError(f"{path}: {'a directory, not a recipe' if path.is_dir() else 'no such recipe'}.")
         try:
             document = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:

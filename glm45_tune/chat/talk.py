@@ -122,7 +122,7 @@ def load_tools(path: str | Path) -> list:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         return check_tools({"tools": found.get("tools") if isinstance(found, dict) else found}) or []
     except (OSError, ValueError, DataError) as error:
-        raise UserError(f"--tools {path}: {error}.") from error
+        raise UserError(f"--tools {path}: {error}. A JSON file with a list of tool definitions is expected.") from error
 
 
 @dataclass

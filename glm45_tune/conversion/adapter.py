@@ -193,6 +193,8 @@ class Merged:
 
     def _read_config(self) -> dict:
         path = self._directory / CONFIG
+        if not path.is_file() and (self._directory / "adapter" / CONFIG).is_file():
+            raise CheckpointError(f"{self._directory}: a run, not an adapter; its adapter is {self._directory / 'adapter'}.")
         if not path.is_file() or not (self._directory / WEIGHTS).is_file():
             raise CheckpointError(f"{self._directory}: no {CONFIG} with {WEIGHTS} here; not a PEFT adapter.")
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -115,6 +115,8 @@ def check_files(directory: Path, tick: Tick = lambda size: None, workers: int = 
 
     Raises CheckpointError where the directory keeps none.
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory. Give the folder of a downloaded or converted checkpoint.")
     marker = read_marker(directory)
     if marker is None or not marker.get("files"):
         raise CheckpointError(

@@ -33,7 +33,7 @@ def files_of(source: str) -> list[Path]:
             raise DataError(f"{path}: no {', '.join(_SUFFIXES)} files in this folder.")
         return found
     if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+        raise DataError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}.")
     if _kind(path) not in _SUFFIXES:
         raise DataError(f"{path}: unknown kind of file; allowed: {', '.join(_SUFFIXES)}, also with {' or '.join(_PACKED)}.")
     return [path]
@@ -140,7 +140,9 @@ def _jsonl(file, behind: int) -> Iterator:
         if number > behind and line.strip():
             try:
                 yield number, as_row(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            except UnicodeDecodeError as error:
+                yield number, DataError(f"not UTF-8, which is expected: {error.reason} at byte {error.start} of the line")
+            except (ValueError, RecursionError) as error:
                 yield number, DataError(f"not JSON: {error}")
 
 

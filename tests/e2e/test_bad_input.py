@@ -193,3 +193,20 @@ def test_nothing_is_written_inside_the_checkpoint_it_is_made_from(cli, tmp_path)
     assert cli("tiny", tmp_path / "model")[0] == 0
     code, _, err = cli("convert", "--to-mcore", "--model", tmp_path / "model", "--output", tmp_path / "model" / "inside")
     assert code == 2 and "lies in" in err and not (tmp_path / "model" / "inside").exists()
+
+
+def test_what_a_path_is_instead_is_said(train, cli, tmp_path, checkpoints):
+    """Nothing, a directory, a run, a file in another encoding."""
+    assert train(_set(lora={"r": 4}))[0] == 0
+    (tmp_path / "gbk.jsonl").write_bytes('{"query": "问", "response": "答"}\n'.encode("gbk"))
+    air, run = checkpoints["air"], tmp_path / "run"
+    for command, words in (
+        (["verify", tmp_path / "none"], "no such directory"),
+        (["plan", tmp_path], "a directory, not a recipe"),
+        (["data", tmp_path / "gbk.jsonl", "--model", air], "not UTF-8"),
+        (["chat", air, "--adapter", run, "--prompt", "?"], "a run, not an adapter; its adapter is"),
+        (["chat", run, "--prompt", "?"], "a run, not a model"),
+        (["chat", air, "--tools", tmp_path / "gbk.jsonl", "--prompt", "?"], "list of tool definitions"),
+    ):
+        code, out, err = cli(*command)
+        assert code == 2 and words in " ".join((out + err).split()) and "Traceback" not in err, (command, err)
