@@ -150,7 +150,7 @@ def test_nested_messages_survive_parquet(renderer, tmp_path):
     [
         ("a.xml", b"<x/>", "unknown kind of file"),
         ("a.jsonl.gz", b"not gzip", "cannot be read on"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not UTF-8"),
         ("a.json", b'{"text": "x"}', "a list of rows is expected"),
         ("a.parquet", b"nonsense", "cannot be read on"),
     ],
