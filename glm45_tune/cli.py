@@ -396,5 +396,5 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130 and "RANK" not in os.environ:  # typer's word for Ctrl-C
-            _say("interrupted; the same command goes on from what was saved")
+            _say("interrupted; what was saved stays, and train and convert go on from it")
         raise

@@ -61,7 +61,8 @@ def check_output(output: Path | None) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return all("perplexity" in scores for scores in json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, list) and bool(found) and all("perplexity" in scores for scores in found)
     except (OSError, ValueError, TypeError):
         return False
 

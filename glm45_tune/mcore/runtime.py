@@ -65,7 +65,7 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout
             world_size=size,
             # the watchdog speaks first
             timeout=2 * timeout + datetime.timedelta(minutes=1),
-        )  # without device_id: with it NCCL takes memory for each of megatron's forty groups, most of which never speak
+        )  # without device_id: with it NCCL takes memory for each of megatron's groups, most of which never speak
     _close_groups()
     with _one_group_for_the_same_ranks():
         parallel_state.initialize_model_parallel(
@@ -117,7 +117,7 @@ def _close_groups() -> None:
 def _one_group_for_the_same_ranks():
     """megatron makes a group for each of its purposes; here those of the same ranks are one, the job's own among them. Over NCCL
 
-    each that speaks takes some 0.4 GiB of the card.
+    each that speaks takes memory of the card.
     """
     create = dist.new_group
     made = {(tuple(range(dist.get_world_size())), None): dist.group.WORLD}

@@ -11,7 +11,7 @@ from glm45_tune.spec import ModelSpec
 
 GIB = 2**30
 # CUDA's context, NCCL's buffers and libraries' workspaces, outside the allocator: as on two H200 with expert parallel 2
-# (docs/numbers.md). NCCL takes some 0.4 more for every further set of ranks that speak together.
+# (docs/numbers.md). NCCL takes more for every further set of ranks that speak together.
 OUTSIDE_GIB = 2.4
 # an assumption: share of what comes and goes (activations, working memory) that the allocator cannot use again
 FRAGMENTATION = 0.06
