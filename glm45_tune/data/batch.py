@@ -33,6 +33,11 @@ class Batch:
     along: dict[str, torch.Tensor] = field(default_factory=dict)
     routes: dict[int, torch.Tensor] | None = None
 
+    @property
+    def counted(self) -> list[torch.Tensor]:
+        """For each prediction which tokens' weigh anything, int64: for the others no head needs to run. Asked for on the host."""
+        return [weights.nonzero().squeeze(1) for weights in self.weights]
+
     def to(self, device: torch.device) -> "Batch":
         names = ("tokens", "positions", "labels", "weights", "sequence")
         moved = {name: tensor.to(device, non_blocking=True) for name in names if (tensor := getattr(self, name)) is not None}

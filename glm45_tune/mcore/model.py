@@ -228,12 +228,13 @@ class GLM45Model(HybridModel):
         num_padding: int = 0,
         share: Share | None = None,
         cache=None,
+        counted: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """tokens, positions: int64 [T]; bounds: document edges; labels: int64 [1 + MTP layers, T], what each should predict;
 
         num_padding: tokens at the end that are no data; share: this context rank's part of the row (see `data/batch.py`); cache:
-        of a model that writes, what stands before the tokens (`mcore/generate.py`).
-        Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T]. Without labels: the logits
+        of a model that writes, what stands before the tokens (`mcore/generate.py`); counted: see `Batch.counted`.
+        Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T], 0 where none is counted. Without labels: the logits
         [T, words of this tensor rank]. Other stages: hidden states for the next one.
         """
         rotary = rotary_table(positions, self.spec.kv_channels, self.spec.rotary_percent, self.spec.rotary_base)
@@ -268,8 +269,8 @@ class GLM45Model(HybridModel):
                 embedding=self.embedding,
             )
             depths = hidden.chunk(1 + self.config.mtp_num_layers)
-        losses = [self._cross_entropy(hidden, wanted) for hidden, wanted in zip(depths, labels)]
-        return torch.stack(losses)
+        counted = counted or [None] * len(depths)
+        return torch.stack([self._cross_entropy(*prediction) for prediction in zip(depths, labels, counted)])
 
     @property
     def _trains_layers(self) -> bool:
@@ -283,8 +284,8 @@ class GLM45Model(HybridModel):
         tp = parallel_state.get_tensor_model_parallel_group()
         return mask.chunk(tp.size())[tp.rank()][None]
 
-    def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
         head = self.output_layer
         if head.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=head.tp_group)
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, head.tp_group)
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, head.tp_group, counted)

@@ -168,7 +168,7 @@ class Trainer:
     def log_probabilities(self, batches: list[Batch], with_adapter: bool = True) -> list[torch.Tensor]:
         """Of each token of each batch given those before it, where it is predicted: float32 [T], whole rows, on the host.
 
-        Right on a pipeline's last stage, 0 on the others. with_adapter: False asks the model under the LoRA adapter.
+        0 where the batch's weight is. Right on a pipeline's last stage, 0 on the others. with_adapter: False asks the model under the LoRA adapter.
         """
         for chunk in self._wrapped:
             chunk.eval()
@@ -358,11 +358,14 @@ class Trainer:
 
 
 def _forward_step(objective: Objective, parts: int, routers: dict[int, list[Router]], batches, model):
-    batch: Batch = next(batches).to(runtime.device())
+    batch: Batch = next(batches)
+    counted = [index.to(runtime.device(), non_blocking=True) for index in batch.counted]
+    batch = batch.to(runtime.device())
     if batch.routes is not None:
         for router in routers[id(model)]:
             router.router_replay.expect(batch.routes[router.layer_number])
-    output = model(batch.tokens, batch.positions, batch.bounds, batch.labels, batch.num_padding, batch.share)
+    row = batch.tokens, batch.positions, batch.bounds, batch.labels, batch.num_padding, batch.share
+    output = model(*row, counted=counted)
     return output, partial(_loss, objective, parts, batch)
 
 

@@ -84,7 +84,7 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
     """The recipe under this layout as it stands; with recompute `auto`, the fastest that fits. Raises UserError."""
     check(spec, layout, recipe)
     if recipe.train.recompute_granularity == "auto":
-        return _auto(spec, recipe, layout, hardware)[0]
+        return auto(spec, recipe, layout, hardware)[0]
     model = Model(spec, layout, recipe)
     return _of(model, hardware, model.all_stages())
 
@@ -96,7 +96,7 @@ def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, 
     """
     if recipe.train.recompute_granularity != "auto":
         return recipe
-    found, again = _auto(spec, recipe, layout, hardware)
+    found, again = auto(spec, recipe, layout, hardware)
     if again[stage]:
         chosen = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": again[stage]}
     else:
@@ -104,7 +104,7 @@ def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, 
     return found.recipe.model_copy(update={"train": found.recipe.train.model_copy(update=chosen)})
 
 
-def _auto(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]]:
+def auto(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]]:
     """Recompute `auto`, and how many first layers of each stage's segments it computes again: all where nothing fits."""
     found = _fastest(spec, recipe, layout, hardware)
     if found:

@@ -37,12 +37,9 @@ def _recompute_line(job: Job) -> str:
     train = job.recipe.train
     if train.recompute_granularity != "auto":
         return train.recompute_granularity or "none"
-    spec, layout = job.source.spec, job.layout
-    stages = range(layout.pipeline_model_parallel_size)
-    chosen = [planner.with_recompute(spec, job.recipe, layout, stage, hardware(job)).train for stage in stages]
-    counts = [train.recompute_num_layers if train.recompute_granularity == "full" else 0 for train in chosen]
+    chosen, counts = planner.auto(job.source.spec, job.recipe, job.layout, hardware(job))
     said = f"auto: the first {', '.join(map(str, counts))} layers" + (" of the stages" if len(counts) > 1 else "")
-    return said + "".join(f", {name} of the others" for name in chosen[0].recompute_modules or [])
+    return said + "".join(f", {name} of the others" for name in chosen.recipe.train.recompute_modules or [])
 
 
 def _memory_line(job: Job) -> str:

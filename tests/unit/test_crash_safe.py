@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slow_conversion import convert_slowly, convert_small
@@ -114,14 +115,6 @@ def test_workers_share_the_work_and_change_no_byte(sources, tmp_path):
         assert contents(tmp_path / "1" / to) == contents(tmp_path / "3" / to)
 
 
-def _descendants(pid: int) -> set[int]:
-    found = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found |= {int(child)} | _descendants(int(child))
-    return found
-
-
 def test_workers_end_with_their_parent(sources, starter, tmp_path):
     """kill -9 of the command leaves no process behind that goes on writing."""
     output = tmp_path / "out"
@@ -132,12 +125,10 @@ def test_workers_end_with_their_parent(sources, starter, tmp_path):
         time.sleep(0.05)
     with pytest.raises(UserError, match="another process is writing"):
         convert_small(sources["hf"], output, "hf")
-    family = _descendants(process)
+    family = psutil.Process(process).children(recursive=True)
     assert len(family) >= 2
     starter.kill(process)
-    while any(Path(f"/proc/{pid}").exists() for pid in family):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert not psutil.wait_procs(family, timeout=60)[1], "they go on"
     convert_small(sources["hf"], output, "hf")
     assert (output / MARKER).exists()
 

@@ -42,53 +42,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, group):
+    def forward(ctx, hidden, weight, labels, counted, group):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        losses, lses = torch.empty(2, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        early = torch.empty_like(hidden) if needs_hidden and not needs_weight else None
-        for part in _chunks(hidden, weight):
-            logits = hidden[part] @ weight.t()
-            lse, target = _row_sums(logits, labels[part])
+        losses = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+        lses = losses.new_empty(len(counted))
+        early = hidden.new_empty(len(counted), hidden.shape[1]) if needs_hidden and not needs_weight else None
+        for part in _chunks(len(counted), weight):
+            rows = counted[part]
+            logits, wanted = hidden[rows] @ weight.t(), labels[rows]
+            lse, target = _row_sums(logits, wanted)
             if group is not None:
                 every = lse.new_empty(group.size() * lse.shape[0])
                 dist.all_gather_into_tensor(every, lse, group=group)
                 lse = every.view(group.size(), -1).logsumexp(0)
                 dist.all_reduce(target, group=group)
-            losses[part], lses[part] = lse - target, lse
+            losses[rows], lses[part] = lse - target, lse
             if early is not None:
-                torch.mm(_softmax_gradient(logits, labels[part], lse), weight, out=early[part])
-        ctx.save_for_backward(early, *((hidden, weight, labels, lses) if needs_weight else ()))
+                torch.mm(_softmax_gradient(logits, wanted, lse), weight, out=early[part])
+        ctx.save_for_backward(early, counted, *((hidden, weight, labels, lses) if needs_weight else ()))
         return losses
 
     @staticmethod
     def backward(ctx, gradient):
-        early, *again = ctx.saved_tensors
+        early, counted, *again = ctx.saved_tensors
+        weight_out = None
         if early is not None:
-            return (early * gradient.unsqueeze(1)).to(early.dtype), None, None, None
-        hidden, weight, labels, lses = again
-        hidden_out, weight_out = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for part in _chunks(hidden, weight):
-            logits = _softmax_gradient(hidden[part] @ weight.t(), labels[part], lses[part], gradient[part])
-            torch.mm(logits, weight, out=hidden_out[part])
-            weight_out += logits.t() @ hidden[part]
-        return hidden_out, weight_out.to(weight.dtype), None, None
+            found = (early * gradient[counted].unsqueeze(1)).to(early.dtype)
+        else:
+            hidden, weight, labels, lses = again
+            found, weight_out = hidden.new_empty(len(counted), hidden.shape[1]), torch.zeros_like(weight, dtype=torch.float32)
+            for part in _chunks(len(counted), weight):
+                rows = counted[part]
+                logits = _softmax_gradient(hidden[rows] @ weight.t(), labels[rows], lses[part], gradient[rows])
+                torch.mm(logits, weight, out=found[part])
+                weight_out += logits.t() @ hidden[rows]
+            weight_out = weight_out.to(weight.dtype)
+        hidden_out = found.new_zeros(len(gradient), found.shape[1]).index_copy_(0, counted, found)
+        return hidden_out, weight_out, None, None, None
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+def _chunks(count: int, weight: torch.Tensor) -> list[slice]:
     size = max(1, CHUNK_ELEMENTS // weight.shape[0] // 128 * 128 or CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(first, first + size) for first in range(0, hidden.shape[0], size)]
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    counted: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """hidden [T, H], weight [V, H], labels int64 [T] among the words of all ranks → fp32 cross entropies [T].
 
-    group: the tensor ranks, each with V words in order; hidden and labels are the same on all, and hidden's gradient is this
-    rank's part, to be summed over them.
+    group: the tensor ranks, each with V words in order; hidden, labels and counted are the same on all, and hidden's gradient is
+    this rank's part, to be summed over them. counted: int64, which tokens are asked for, each once; the others' losses are 0 and
+    cost nothing. None: all.
     """
     if group is not None and group.size() > 1:
         labels = labels - group.rank() * weight.shape[0]
     else:
         group = None
-    return _LinearCrossEntropy.apply(hidden, weight, labels, group)
+    if counted is None:
+        counted = torch.arange(len(labels), device=labels.device)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, counted, group)
