@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 scripts/bench_whole.py [--row packed|one] [--tokens 8192] [--recompute-layers 26] [-r 32]
 
 Expert parallel over all ranks, or over `--expert-parallel` of them. Every rank trains `--rows` rows of `--tokens` a step: documents
-of log-normal lengths, or one document. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny` runs
-the same on CPU ranks. `--profile` also prints where one step's GPU time goes, and how much of a step of one row a rank lies outside
-the layers. The planner's memory and step stand beside the measured.
+of log-normal lengths, or one document; of each its end, a share of `--trained`, is what counts. `--recompute-layers auto` takes what
+a run with `recompute_granularity: auto` would. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny`
+runs the same on CPU ranks. `--profile` also prints where one step's GPU time goes, and how much of a step of one row a rank lies
+outside the layers. The planner's memory and step stand beside the measured.
 """
 
 import argparse
@@ -23,12 +24,13 @@ from bench_step import documents
 from glm45_tune.conversion.names import hf_shapes
 from glm45_tune.conversion.tensors import ALL
 from glm45_tune.data.batch import Batch
-from glm45_tune.layout import Layout
+from glm45_tune.layout import Layout, ranks_here
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
-from glm45_tune.plan.cards import card_named, find_card
-from glm45_tune.plan.planner import Hardware, plan
+from glm45_tune.plan import planner
+from glm45_tune.plan.planner import Hardware
 from glm45_tune.recipe import Recipe
+from glm45_tune.training.card import this_card
 
 TINY = dataclasses.replace(
     AIR,
@@ -69,41 +71,46 @@ class RandomWeights:
         return torch.empty(size, dtype=torch.bfloat16, device=runtime.device()).normal_(float("norm" in name), 0.02)
 
 
-def row_of(tokens: int, packed: bool, vocab_size: int, seed: int) -> Batch:
+def row_of(tokens: int, packed: bool, vocab_size: int, seed: int, trained: float = 1.0) -> Batch:
     ids = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(seed))
     bounds = documents(tokens, packed)
-    weights = torch.ones(1, tokens)
-    weights[0, [edge - 1 for edge in bounds[1:]]] = 0.0
+    weights = torch.zeros(1, tokens)
+    for first, last in zip(bounds, bounds[1:]):
+        weights[0, last - 1 - round(trained * (last - 1 - first)) : last - 1] = 1.0
     owners = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.tensor(bounds).diff())
     return Batch(
         ids, positions_of(bounds, "cpu"), bounds, ids.roll(-1)[None], weights, sequence=owners, num_samples=len(bounds) - 1
     )
 
 
-def teraflop(spec, bounds: list[int], full: bool) -> float:
-    """Of a row, forward and backward: 4 (all weights trained: 6) · active parameters · tokens, and causal attention at 3.5 times its
+def teraflop(spec, batch: Batch, full: bool) -> float:
+    """Of a row, forward and backward: 4 (all weights trained: 6) · active parameters · tokens (the head's: those that count), and causal
 
-    forward. Recompute is not counted.
+    attention at 3.5 times its forward. Recompute is not counted.
     """
+    bounds = batch.bounds
     head = spec.num_attention_heads * spec.kv_channels
     attention = spec.hidden_size * (2 * head + 2 * spec.num_query_groups * spec.kv_channels)
     experts = 3 * spec.hidden_size * spec.moe_ffn_hidden_size * (spec.moe_router_topk + spec.num_shared_experts)
     dense = 3 * spec.hidden_size * spec.ffn_hidden_size
     moe_layers = spec.num_layers - spec.num_dense_layers
     active = spec.num_layers * attention + spec.num_dense_layers * dense + moe_layers * experts
-    active += spec.hidden_size * spec.vocab_size
+    products = active * bounds[-1] + spec.hidden_size * spec.vocab_size * batch.weights.sum().item()
     pairs = sum((last - first) ** 2 / 2 for first, last in zip(bounds, bounds[1:]))
-    return ((6 if full else 4) * active * bounds[-1] + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
+    return ((6 if full else 4) * products + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
 
 
-def planned(spec, recipe, layout, batches) -> str:
-    """What the planner says of this on this card."""
-    card = card_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+def hardware_of(batches) -> Hardware:
+    """This card and these documents, as a run would tell the planner of them."""
     lengths = np.concatenate([np.diff(batch.bounds) for batch in batches]).astype(float)
-    ranks = layout.world_size
-    found = plan(spec, recipe, layout, Hardware(card or find_card("cpu"), ranks, ranks, (lengths**2).sum() / lengths.sum()))
+    return Hardware(this_card(), dist.get_world_size(), ranks_here(), (lengths**2).sum() / lengths.sum())
+
+
+def planned(found: planner.Plan) -> str:
     step = f", {found.time.total:.3f} s a step" if found.time else ""
-    return f"planned peak {found.worst.peak / 2**30:.1f} GiB{step}"
+    halves = ", ".join(found.recipe.train.recompute_modules or []) or "nothing"
+    again = f"{found.recomputed} layers recomputed and {halves} of the others"
+    return f"{again}; planned peak {found.worst.peak / 2**30:.1f} GiB{step}"
 
 
 def outside(trainer, step) -> float:
@@ -151,7 +158,8 @@ def main() -> None:
     parser.add_argument("--row", default="packed", choices=["packed", "one"])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=1, help="rows a rank and step")
-    parser.add_argument("--recompute-layers", type=int, default=0, help="the first layers, wholly")
+    parser.add_argument("--trained", type=float, default=1.0, help="share of a document's tokens whose prediction counts")
+    parser.add_argument("--recompute-layers", default="0", help="the first layers, wholly; or auto")
     parser.add_argument(
         "--rest", nargs="*", default=[], help="recompute_modules of the other layers: attention, moe, core_attn"
     )
@@ -167,9 +175,11 @@ def main() -> None:
     runtime.start(Layout())
     ranks = dist.get_world_size()
     train = {"micro_batch_size": 1, "global_batch_size": ranks * arguments.rows, "steps": 10}
-    if arguments.recompute_layers:
+    if arguments.recompute_layers == "auto":
+        train |= {"recompute_granularity": "auto"}
+    elif count := int(arguments.recompute_layers):
         train |= {"recompute_granularity": "full", "recompute_method": "block"}
-        train |= {"recompute_num_layers": arguments.recompute_layers, "recompute_modules": arguments.rest}
+        train |= {"recompute_num_layers": count, "recompute_modules": arguments.rest}
     expert_ranks = arguments.expert_parallel or ranks
     lora = {"lora": {"r": arguments.r, "lora_alpha": 2 * arguments.r, "target_modules": targets}}
     lean = {
@@ -190,11 +200,15 @@ def main() -> None:
     )
     layout = recipe.parallel.layout()
     runtime.start(layout)
+    seed, is_packed = dist.get_rank() * arguments.rows, arguments.row == "packed"
+    batches = [
+        row_of(arguments.tokens, is_packed, spec.vocab_size, seed + n, arguments.trained) for n in range(arguments.rows)
+    ]
+    hardware = hardware_of(batches)
+    recipe = planner.with_recompute(spec, recipe, layout, runtime.stage(), hardware)
     begin = time.perf_counter()
     trainer = Trainer(recipe, layout, RandomWeights(spec))
     built = time.perf_counter() - begin
-    seed = dist.get_rank() * arguments.rows
-    batches = [row_of(arguments.tokens, arguments.row == "packed", spec.vocab_size, seed + n) for n in range(arguments.rows)]
     weight = sum(batch.weights.sum().item() for batch in batches) * ranks
 
     def step():
@@ -212,7 +226,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         seconds = statistics.median(times)
         tokens = arguments.tokens * arguments.rows
-        work = sum(teraflop(spec, batch.bounds, arguments.full) for batch in batches)
+        work = sum(teraflop(spec, batch, arguments.full) for batch in batches)
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
         print(f"{arguments.like}, {ranks} × {card}, EP {expert_ranks}, {arguments}, built in {built:.0f} s")
@@ -222,7 +236,7 @@ def main() -> None:
             f"steps {np.round(times, 3).tolist()}",
             flush=True,
         )
-        print(planned(spec, recipe, layout, batches))
+        print(planned(planner.plan(spec, recipe, layout, hardware)))
         if torch.cuda.is_available():
             free, whole = torch.cuda.mem_get_info()
             print(

@@ -153,14 +153,19 @@ def _head_work(model: Model) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOP of training, whatever is recomputed: of every token, and of every square of a document's length."""
+    """FLOP of training, whatever is recomputed: of every token's layers, of its predictions (where they count, else no head runs), and
+
+    of every square of a document's length.
+    """
 
     per_token: float
+    per_counted: float
     per_square: float
 
-    def of(self, lengths: list[int]) -> float:
-        """FLOP of one step over documents of these lengths."""
-        return self.per_token * sum(lengths) + self.per_square * sum(length**2 for length in lengths)
+    def of(self, lengths: list[int], counted: int) -> float:
+        """FLOP of one step over documents of these lengths, of whose tokens that many are trained on."""
+        squares = sum(length**2 for length in lengths)
+        return self.per_token * sum(lengths) + self.per_counted * counted + self.per_square * squares
 
 
 def work(spec: ModelSpec, recipe: Recipe) -> Work:
@@ -172,7 +177,7 @@ def work(spec: ModelSpec, recipe: Recipe) -> Work:
     matrices = sum(count * (layers[moe].forward + layers[moe].backward) for moe, count in counts.items())
     attended = sum(count * 3.5 * layers[moe].attention for moe, count in counts.items())
     tokens = model.sizes.tokens
-    return Work((matrices + (1 + num_mtp) * _head_work(model)) / tokens, attended / tokens)
+    return Work(matrices / tokens, (1 + num_mtp) * _head_work(model) / tokens, attended / tokens)
 
 
 def _head_seconds(model: Model, card: Card) -> tuple[float, float, float]:

@@ -46,14 +46,15 @@ class Supervised:
         channels = self._channels_of(members)
         made = batches(job, trainer, microbatches, channels)
         result = trainer.train(made, len(microbatches), denominators.tolist(), lr, len(channels))
-        tokens = sum(len(sample.input_ids) for sample in members)
+        lengths = [len(sample.input_ids) for sample in members]
+        tokens, counted = sum(lengths), sum(np.count_nonzero(sample.loss_mask) for sample in members)
         return {
             **common_metrics(result, trainer, result.losses[0]),
             **_channel_losses(result, members, channels, self._files),
             "train/learning_rate": lr,
             "train/tokens": tokens,
             "train/trained_tokens": float(denominators[0]),
-            "flops": self._work.of([len(sample.input_ids) for sample in members]),
+            "flops": self._work.of(lengths, counted),
             "data/fill_ratio": tokens / (len(rows) * job.recipe.data.seq_length),
         }
 

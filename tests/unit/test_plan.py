@@ -18,7 +18,7 @@ from glm45_tune.plan.cards import CARDS, find_card
 from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.plan.models import find_spec
 from glm45_tune.plan.planner import Hardware, plan, search, with_recompute
-from glm45_tune.plan.timing import step_seconds
+from glm45_tune.plan.timing import step_seconds, work
 from glm45_tune.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +184,23 @@ def test_a_measured_layer_is_met_by_the_time_model():
     slower = dataclasses.replace(card, tflops=card.tflops / 2)
     assert seconds(card, 46) < seconds(slower, 46) < 2 * seconds(card, 46)
     assert step_seconds(model, model.all_stages(), card, 1024).total < seconds(card, 46)
+
+
+def test_work_is_four_flop_a_frozen_weight_and_six_a_trained_one():
+    """Of the 12 B weights that a token of Air meets, the head's only where its prediction counts; and causal attention by its squares."""
+    spec, _ = find_spec("GLM-4.5-Air")
+    per_layer = 3 * spec.hidden_size * spec.moe_ffn_hidden_size * (spec.moe_router_topk + spec.num_shared_experts)
+    heads = spec.num_attention_heads * spec.kv_channels
+    attention = 2 * spec.hidden_size * (heads + spec.num_query_groups * spec.kv_channels)
+    dense, moe = spec.num_dense_layers, spec.num_layers - spec.num_dense_layers
+    active = spec.num_layers * attention + moe * per_layer + dense * 3 * spec.hidden_size * spec.ffn_hidden_size
+    for changes, factor in (([], 4), (["lora=null"], 6)):
+        found = work(spec, Recipe.load(AIR_LORA, changes))
+        short = 1000 * [1]  # hardly any attention
+        assert found.of(short, 0) == pytest.approx(factor * active * 1000, rel=0.03)
+        assert found.of([1000], 10) - found.of([1000], 0) == pytest.approx(factor * spec.hidden_size * spec.vocab_size * 10)
+        squares = found.of([2000], 0) - found.of([1000, 1000], 0)
+        assert squares == pytest.approx(3.5 * spec.num_layers * 2 * heads * (2000**2 - 2 * 1000**2))
 
 
 def test_search_ranks_what_fits(cli):
