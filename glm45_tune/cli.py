@@ -204,7 +204,7 @@ def data(
     summary = report.summarise(corpus, recipe, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
-    else:
+    elif corpus.num_rows:
         report.show(corpus, summary, tokenizer, show, Console())
     if not corpus.num_rows:
         raise UserError(f"{source}: holds no rows.")

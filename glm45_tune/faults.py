@@ -1,6 +1,7 @@
 """A recipe's text: `key=value` put into it, and what is wrong with it in words."""
 
 import difflib
+import re
 
 import yaml
 from pydantic import BaseModel
@@ -39,23 +40,39 @@ def override(document: dict, text: str) -> None:
         raise RecipeError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
 
 
-def explain(fault: dict, recipe: type[BaseModel]) -> str:
-    """One fault that pydantic found, as a sentence: where, what came, what is allowed."""
-    location = [
-        part
-        for part in fault["loc"]
-        if part not in ("str", "SourceConfig") and not str(part).startswith(("list[", "function-"))
+def explain(faults: list[dict], recipe: type[BaseModel]) -> list[str]:
+    """What pydantic found, a sentence a place: where, what came, what is allowed."""
+    by_place: dict[tuple, list[dict]] = {}
+    for fault in faults:
+        by_place.setdefault(_place(fault), []).append(fault)
+    return [
+        _sentence(place, here, recipe)
+        for place, here in by_place.items()
+        # a list, say, that might have been one string: what is wrong inside it tells more
+        if here[0]["type"] != "string_type" or not any(place == other[: len(place)] != other for other in by_place)
     ]
-    where = ".".join(map(str, location))
+
+
+def _place(fault: dict) -> tuple:
+    """Without the kinds of value that pydantic tried there."""
+    kinds = ("str", "SourceConfig")
+    return tuple(part for part in fault["loc"] if part not in kinds and not str(part).startswith(("list[", "function-")))
+
+
+def _sentence(place: tuple, faults: list[dict], recipe: type[BaseModel]) -> str:
+    """faults: one, or of a value that may be of several kinds one for each."""
+    where, fault = ".".join(map(str, place)), faults[0]
     if fault["type"] == "extra_forbidden":
-        allowed = _keys_at(recipe, tuple(part for part in location[:-1] if isinstance(part, str)))
-        near = difflib.get_close_matches(str(location[-1]), allowed, 1, 0.5)
-        front = ".".join(map(str, location[:-1]))
+        allowed = _keys_at(recipe, tuple(part for part in place[:-1] if isinstance(part, str)))
+        near = difflib.get_close_matches(str(place[-1]), allowed, 1, 0.5)
+        front = ".".join(map(str, place[:-1]))
         hint = f"Did you mean {f'{front}.' if front else ''}{near[0]}?" if near else f"Allowed: {', '.join(allowed)}."
         return f"{where}: unknown key. {hint}"
     if fault["type"] == "missing":
         return f"{where}: missing."
-    message = fault["msg"].removeprefix("Value error, ")
+    messages = (fault["msg"].removeprefix("Value error, ") for fault in faults)
+    first, *others = (re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message) for message in messages)
+    message = first + "".join(f" or {other.removeprefix('Input should be ')}" for other in others)
     came = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
     return f"{where}: {message}{came}." if where else f"{message}{came}."
 

@@ -387,7 +387,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            faults = [explain(fault, cls) for fault in error.errors()]
+            faults = explain(error.errors(), cls)
             raise RecipeError(f"{where}: " + ("" if len(faults) == 1 else "\n  ") + "\n  ".join(faults)) from None
 
     def to_yaml(self) -> str:

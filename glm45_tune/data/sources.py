@@ -84,6 +84,8 @@ def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int)
     if name == source:
         return _rows_of(source, read)
     count = source.rpartition("#")[2]
+    if not int(count):
+        raise DataError(f"{source}: asks for 0 rows of {name}; #N takes N of them, at least 1.")
     everything = list(_rows_of(name, read))
     if int(count) > len(everything):
         raise DataError(f"{source}: asks for {count} rows of {len(everything)}.")

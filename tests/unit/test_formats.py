@@ -119,6 +119,8 @@ def test_every_kind_of_file_gives_the_same_samples(renderer, tmp_path):
     some = load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1)
     assert [s.line for s in some.samples] == [s.line for s in load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1).samples]
     assert len(some.samples) == 3
+    with pytest.raises(DataError, match="#0: asks for 0 rows"):
+        load(f"{path}#0", renderer())
     with pytest.raises(DataError, match="asks for 9 rows of 5"):
         load(f"{tmp_path / 'a.jsonl'}#9", renderer())
 
@@ -230,6 +232,8 @@ def test_damage_in_a_line_leaves_the_other_lines(renderer, tmp_path):
 def test_no_rows_and_data_source(checkpoints, cli, tmp_path):
     """An empty file is an error; `source` is another name of data.train."""
     (tmp_path / "x.jsonl").write_text("\n")
+    code, out, err = cli("data", tmp_path / "x.jsonl", "--model", checkpoints["air"])
+    assert (code, out) == (2, "") and "holds no rows" in err
     code, out, err = cli("data", tmp_path / "x.jsonl", "--model", checkpoints["air"], "--json")
     assert code == 2 and "holds no rows" in err and json.loads(out)["summary"]["rows"] == 0
     assert DataConfig.model_validate({"source": "my_module:my_function"}).train == "my_module:my_function"

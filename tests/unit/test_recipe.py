@@ -107,6 +107,21 @@ def test_all_faults_come_in_one_message():
     ]
 
 
+@pytest.mark.parametrize(
+    "train, sentence",
+    [
+        (None, "data.train: Input should be a valid string or a valid list (got None)."),
+        ([3], "data.train.0: Input should be a valid string or a mapping (got 3)."),
+        ([{"path": "x", "wieght": 2}], "data.train.0.wieght: unknown key. Did you mean data.train.0.weight?"),
+        (["x", {"path": "x", "weight": 0}], "data.train.1.weight: Input should be greater than 0 (got 0)."),
+    ],
+)
+def test_a_value_that_may_be_of_several_kinds_has_one_fault(train, sentence):
+    with pytest.raises(RecipeError) as fault:
+        Recipe.from_dict(BASE | {"data": {"train": train}})
+    assert str(fault.value) == f"recipe: {sentence}"
+
+
 def test_targets_by_either_name():
     def targets(names, module):
         return Recipe.from_dict(BASE | {"lora": {"target_modules": names}}).lora.targets_of(module)
