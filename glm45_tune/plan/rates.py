@@ -23,5 +23,5 @@ FORWARD_SHARE = 0.4
 # wires: share of the link's figure that an all-to-all reached (512 MiB a rank over two cards: 268 MB left each in 1.05 ms)
 LINK_SHARE = 0.57
 NODE_LINK_SHARE = 0.8
-# share of memory bandwidth that the optimizer's passes reach
+# share of memory bandwidth that what only streams reaches: the optimizer's passes, LoRA's narrow products
 STREAM_SHARE = 0.8

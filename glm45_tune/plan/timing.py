@@ -1,7 +1,7 @@
 """Seconds of a step: matrix work, attention, memory traffic, wires, the pipeline's bubble, the optimizer. An estimate.
 
-A layer costs its matrix products and attention at the measured rates, and a remainder (norms, rope, permutation, SwiGLU,
-launches) that grows with tokens · hidden size; the remainder is what is left of the measured layer in rates.py.
+A layer costs its matrix products and attention at the measured rates, the memory that LoRA's narrow products move, and a remainder
+(norms, rope, permutation, SwiGLU, launches) that grows with tokens · hidden size: what is left of the measured layer in rates.py.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class StepTime:
     matrices: float
     attention: float
     other: float
-    """Norms, rope, permutation, SwiGLU, launches."""
+    """Norms, rope, permutation, SwiGLU, LoRA's narrow products, launches."""
     wires: float
     bubble: float
     optimizer: float
@@ -56,11 +56,12 @@ class StepTime:
 
 
 class _Layer:
-    """Work of one layer for one micro batch on one rank: FLOP of matrices (forward, backward) and of attention."""
+    """Work of one layer for one micro batch on one rank: FLOP of matrices (forward, backward) and of attention; bytes of LoRA."""
 
     def __init__(self, model: Model, is_moe: bool, document_tokens: float):
         sizes, spec = model.sizes, model.spec
         self.forward = self.backward = self.again = self.whole_again = 0.0
+        self.lora_forward = self.lora_backward = 0.0
         lora, train = model.recipe.lora, model.recipe.train
         # each half is run again by itself, or both together, and the output of what runs again is left out
         together = train.recompute_granularity == "full" and train.recompute_method == "uniform"
@@ -74,6 +75,12 @@ class _Layer:
             self.again += (work + narrow) * sizes.again(half) * (not matrix.name.endswith(("linear_fc2", "linear_proj")))
             self.whole_again += (work + narrow) * (not matrix.name.endswith(unread))
             self.backward += work * (2 if lora is None else 1) + 2 * narrow
+            if narrow:
+                # inputs and outputs read for the four narrow products; the pair's two wide ones summed into what is there, which
+                # of an expert are made apart first and whose inputs are spread again
+                add, again = (4, 6) if matrix.is_expert else (2, 3)
+                self.lora_forward += rows * sizes.d * (matrix.inputs + add * matrix.outputs)
+                self.lora_backward += rows * sizes.d * (2 * matrix.outputs + again * matrix.inputs)
         # causal: half of every document's square, QK^T and PV
         self.attention = 2.0 * sizes.tokens * document_tokens * spec.query_size / sizes.tp
         self.attention_again = self.attention * (sizes.again("core_attn") or sizes.again("attention"))
@@ -86,7 +93,7 @@ def _remainders() -> tuple[float, float]:
     spec, _ = find_spec("GLM-4.5-Air")
     layer = _Layer(Model(spec, Layout(), Recipe.from_dict(_REFERENCE)), True, rates.DOCUMENT_TOKENS)
     card = CARDS[rates.MEASURED_CARD]
-    both = rates.LAYER_MS / 1e3 - sum(_known(layer, card, True, True))
+    both = rates.LAYER_MS / 1e3 - sum(_known(layer, card, True, True)) - _streamed(layer.lora_forward + layer.lora_backward, card)
     return both / layer.traffic, rates.FORWARD_SHARE * both / layer.traffic
 
 
@@ -99,19 +106,27 @@ def _known(layer: _Layer, card: Card, forward: bool, backward: bool) -> tuple[fl
     return matrices, attended
 
 
+def _streamed(size: float, card: Card) -> float:
+    """Seconds in which so many bytes pass through a card's memory."""
+    return size / (card.bandwidth_gb_s * 1e9 * rates.STREAM_SHARE)
+
+
 def _layer_seconds(layer: _Layer, card: Card, again: bool) -> np.ndarray:
     """Seconds of matrices, attention and the rest of one layer, forward and backward, and forward again."""
     both, forward = _remainders()
     slower = CARDS[rates.MEASURED_CARD].bandwidth_gb_s / card.bandwidth_gb_s
-    seconds = np.array([*_known(layer, card, True, True), both * layer.traffic * slower])
+    lora = _streamed(layer.lora_forward + layer.lora_backward, card)
+    seconds = np.array([*_known(layer, card, True, True), both * layer.traffic * slower + lora])
     if not again:  # what selective recompute does inside the layer
         scale = card.tflops / CARDS[rates.MEASURED_CARD].tflops * 1e12
         matrices = layer.again / (rates.MATRIX_TFLOPS * scale)
-        rest = forward * layer.traffic * slower * layer.again / layer.forward
+        rest = (forward * layer.traffic * slower + _streamed(layer.lora_forward, card)) * layer.again / layer.forward
         seconds += [matrices, layer.attention_again / (rates.ATTENTION_FORWARD_TFLOPS * scale), rest]
     else:
         matrices, attended = _known(layer, card, True, False)
-        seconds += [matrices * layer.whole_again / layer.forward, attended, forward * layer.traffic * slower]
+        share = layer.whole_again / layer.forward
+        lora = _streamed(layer.lora_forward, card) * share
+        seconds += [matrices * share, attended, forward * layer.traffic * slower + lora]
     return seconds
 
 
@@ -186,7 +201,7 @@ def _head_seconds(model: Model, card: Card) -> tuple[float, float, float]:
     words, work = spec.vocab_size / sizes.tp, _head_work(model)
     rate = rates.MATRIX_TFLOPS * 1e12 * card.tflops / CARDS[rates.MEASURED_CARD].tflops
     passes = 5 * sizes.tokens * words * 4  # logits written and read, softmax, its gradient
-    return work / rate, 0.0, passes / (card.bandwidth_gb_s * 1e9 * rates.STREAM_SHARE)
+    return work / rate, 0.0, _streamed(passes, card)
 
 
 def _wire(size: float, ranks: int, spread: int, card: Card, gpus_per_node: int) -> float:
@@ -213,10 +228,11 @@ def _wire_seconds(model: Model, card: Card, again: bool, gpus_per_node: int) -> 
 def _optimizer_seconds(model: Model, stages: list[StageMemory], card: Card, gpus_per_node: int) -> float:
     """Adam's passes over its state, gradients reduced and weights gathered over the data-parallel ranks."""
     most = max(stages, key=lambda stage: stage.gradients)
-    # torch's AdamW, one operation after the other, reads and writes 20 words a weight where its state is 3; the gradient is
-    # made zero, summed into, measured and scaled, and the weight written
-    passes = 20 / 3 * most.optimizer + 4 * most.gradients
-    stream = passes / (card.bandwidth_gb_s * 1e9 * rates.STREAM_SHARE)
+    # torch's AdamW, one operation after the other, reads and writes 20 words a weight where its state is 3. Of the gradient: zeros
+    # written 1, a product's half word written and read 1, the sum read and written 2, measured 1, clipped 2; the weight read and
+    # written as half a word 1.5
+    passes = 20 / 3 * most.optimizer + 8.5 * most.gradients
+    stream = _streamed(passes, card)
     layout = model.layout
     counted = model.weights(most.stage)
     lora = model.recipe.lora is not None

@@ -170,17 +170,20 @@ def test_laws_of_memory():
 
 def test_a_measured_layer_is_met_by_the_time_model():
     """46 layers at the measured milliseconds are the step's part that layers take; a card with half the speed takes longer."""
-    spec, layout, recipe = _air("train.recompute_granularity=null", "parallel.expert_model_parallel_size=1",
-                                "train.global_batch_size=1")  # fmt: skip
+    one = ["train.recompute_granularity=null", "parallel.expert_model_parallel_size=1", "train.global_batch_size=1"]
+    spec, layout, recipe = _air(*one)
     model = Model(spec, layout, recipe)
 
-    def seconds(card, layers):
+    def seconds(card, layers, recipe=recipe):
         spec_ = dataclasses.replace(spec, num_layers=layers)
         model = Model(spec_, layout, recipe)
         return step_seconds(model, model.all_stages(), card, rates.DOCUMENT_TOKENS).total
 
     card = CARDS[rates.MEASURED_CARD]
     assert (seconds(card, 46) - seconds(card, 45)) * 1e3 == pytest.approx(rates.LAYER_MS, rel=0.01)
+    everywhere = Recipe.load(AIR_LORA, [*one, "lora.target_modules=all-linear", "lora.r=16"])
+    more = seconds(card, 46, everywhere) - seconds(card, 45, everywhere)
+    assert more * 1e3 == pytest.approx(1.12 * rates.LAYER_MS, rel=0.04)  # so much more was measured
     slower = dataclasses.replace(card, tflops=card.tflops / 2)
     assert seconds(card, 46) < seconds(slower, 46) < 2 * seconds(card, 46)
     assert step_seconds(model, model.all_stages(), card, 1024).total < seconds(card, 46)
