@@ -93,7 +93,8 @@ def _remainders() -> tuple[float, float]:
     spec, _ = find_spec("GLM-4.5-Air")
     layer = _Layer(Model(spec, Layout(), Recipe.from_dict(_REFERENCE)), True, rates.DOCUMENT_TOKENS)
     card = CARDS[rates.MEASURED_CARD]
-    both = rates.LAYER_MS / 1e3 - sum(_known(layer, card, True, True)) - _streamed(layer.lora_forward + layer.lora_backward, card)
+    lora = _streamed(layer.lora_forward + layer.lora_backward, card)
+    both = rates.LAYER_MS / 1e3 - sum(_known(layer, card, True, True)) - lora
     return both / layer.traffic, rates.FORWARD_SHARE * both / layer.traffic
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slow_conversion import convert_slowly, convert_small
+from slow_conversion import convert_small
 
 from glm45_tune.conversion import mcore_files
 from glm45_tune.conversion.outdir import MARKER

@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,15 +68,15 @@ def test_every_recipe_field_is_read():
 
 
 def test_help_is_quick_and_heavy_things_wait():
-    """0.3 s is the promise on an idle machine; torch, megatron, transformers and pydantic are not imported for it."""
+    """0.3 s is the promise; its processor time counts here, as others share the machine. What is heavy is not imported for it."""
     code = (
-        "import sys; sys.argv = ['glm45-tune', '--help']\n"
+        "import sys, time; sys.argv = ['glm45-tune', '--help']\n"
         "from glm45_tune.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'megatron', 'transformers', 'pydantic', 'peft'} & set(sys.modules)))"
+        "print(sorted({'torch', 'megatron', 'transformers', 'pydantic', 'peft'} & set(sys.modules)), time.process_time())"
     )
-    started = time.perf_counter()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 1.5
-    assert ended.stdout.strip().endswith("[]") and "convert" in ended.stdout
+    *said, last = ended.stdout.splitlines()
+    heavy, seconds = last.rsplit(" ", 1)
+    assert heavy == "[]" and float(seconds) < 1.0 and "convert" in "".join(said)

@@ -70,7 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found = (early * gradient[counted].unsqueeze(1)).to(early.dtype)
         else:
             hidden, weight, labels, lses = again
-            found, weight_out = hidden.new_empty(len(counted), hidden.shape[1]), torch.zeros_like(weight, dtype=torch.float32)
+            found = hidden.new_empty(len(counted), hidden.shape[1])
+            weight_out = torch.zeros_like(weight, dtype=torch.float32)
             for part in _chunks(len(counted), weight):
                 rows = counted[part]
                 logits = _softmax_gradient(hidden[rows] @ weight.t(), labels[rows], lses[part], gradient[rows])
