@@ -62,9 +62,8 @@ class Cache:
         keys[self._answers, self.lengths], values[self._answers, self.lengths] = key, value
         k, v = (x[:, : self._used].transpose(1, 2) for x in (keys, values))
         mask = self._visible[:, None, None, : self._used]
-        grouped = query.unflatten(
-            1, (k.shape[1], -1)
-        )  # the heads of a group see the same keys, as queries of one head would
+        # the heads of a group see the same keys, as queries of one head would
+        grouped = query.unflatten(1, (k.shape[1], -1))
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
 
     def take(self, index: torch.Tensor) -> None:

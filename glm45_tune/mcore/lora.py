@@ -76,9 +76,8 @@ class LinearAdapter(_Adapter):
         for pair in self.pairs.values():
             cut, whole = (pair.lora_B, pair.lora_A) if self.is_column else (pair.lora_A, pair.lora_B)
             set_tensor_model_parallel_attributes(cut, True, 0 if self.is_column else 1, 1)
-            whole.sequence_parallel = (
-                linear.config.sequence_parallel
-            )  # each tensor rank has a part of the gradient: sum them
+            # each tensor rank has a part of the gradient: sum them
+            whole.sequence_parallel = linear.config.sequence_parallel
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         metadata = ensure_metadata_has_dp_cp_group(metadata)

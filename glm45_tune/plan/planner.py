@@ -55,9 +55,8 @@ def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
     layout.check(spec)
     rows = recipe.train.micro_batch_size * layout.data_parallel_size
     batch = recipe.train.global_batch_size
-    is_rl = (
-        getattr(recipe, "rl", None) is not None
-    )  # its batch is prompts, whose completions fill micro batches as they come
+    # its batch is prompts, whose completions fill micro batches as they come
+    is_rl = getattr(recipe, "rl", None) is not None
     if batch % rows and not is_rl:
         near = sorted({max(1, batch // rows) * rows, -(-batch // rows) * rows})
         raise RecipeError(

@@ -162,9 +162,8 @@ class PolicyGradient:
         whole = np.full((len(batch.tokens), spec.num_layers - spec.num_dense_layers, spec.moe_router_topk), -1, np.int16)
         for first, answer in zip(batch.bounds, answers):
             if answer.experts is not None:
-                whole[first : first + len(answer.experts)] = answer.experts[
-                    :, -whole.shape[1] :
-                ]  # vLLM counts dense layers too
+                # vLLM counts dense layers too
+                whole[first : first + len(answer.experts)] = answer.experts[:, -whole.shape[1] :]
         return torch.from_numpy(whole)
 
     def _with_old(self, batches: list[Batch]) -> list[Batch]:

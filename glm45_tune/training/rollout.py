@@ -188,9 +188,8 @@ class Roller:
         if not whole.startswith(start):
             raise UserError(f"{self._rl.tools}: the template cannot render {messages} behind an answer.")
         token_ids = tokenizer.encode(whole[len(start) :], add_special_tokens=False)
-        return (
-            token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
-        )  # the model wrote the role token itself
+        # the model wrote the role token itself
+        return token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
 
     def text(self, answer: Answer, whole: bool = False) -> str:
         """What the model wrote (whole: and what it heard), without the token that ended it."""

@@ -136,9 +136,8 @@ class Attention(MegatronModule):
 
     def forward(self, hidden_states, rotary_pos_emb, packed_seq_params: PackedSeqParams, **_):
         """[T (cut under sequence parallel), 1, hidden] → same. rotary_pos_emb: `rotary_table` of the whole row."""
-        unread = is_unread(
-            self.ends_recompute
-        )  # asked here: a recompute within (core_attn) ends with megatron thinking all is over
+        # asked here: a recompute within (core_attn) ends with megatron thinking all is over
+        unread = is_unread(self.ends_recompute)
         mixed, low_rank = self.linear_qkv.in_parts(hidden_states)
         # each group's rows lie together: its query heads, its key, its value
         shape = self.num_groups, self.heads_per_group + 2, self.head_size
