@@ -37,23 +37,30 @@ def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
 
 
 def cut(tokens: Tokens, first: int, last: int) -> Tokens:
-    """The head and the tokens [first, last)."""
+    """The head and the tokens [first, last). The role token that begins a turn is trained for the answer before it, which is not there."""
     ids, mask = (np.concatenate((x[: tokens.head], x[first:last])) for x in (tokens.ids, tokens.mask))
+    if tokens.head < first < last and first in tokens.turns:
+        mask[tokens.head] = 0
     return Tokens(ids, mask, tokens.head, [tokens.head])
 
 
 def _pieces(tokens: Tokens, limit: int) -> list[Tokens]:
-    """Turns gathered while they fit; a turn that does not fit by itself is cut."""
+    """Turns gathered while they fit, each with the token that ends its answer; a turn that does not fit by itself is cut."""
+
+    def closed(end: int) -> int:
+        """Where an answer has its end: the role token of the next turn, where it is trained."""
+        return end + bool(end < len(tokens.ids) and tokens.mask[end] > 0)
+
     room, pieces = limit - tokens.head, []
     edges = sorted({tokens.head, *tokens.turns, len(tokens.ids)})
     first = tokens.head
     for start, end in zip(edges, edges[1:]):
-        if end - first <= room:
+        if closed(end) - first <= room:
             continue
         if start > first:
-            pieces.append(cut(tokens, first, start))
+            pieces.append(cut(tokens, first, closed(start)))
             first = start
-        while end - first > room:
+        while closed(end) - first > room:
             pieces.append(cut(tokens, first, first + room))
             first += room
     if first < len(tokens.ids):

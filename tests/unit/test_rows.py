@@ -97,12 +97,34 @@ def test_no_piece_is_too_long_and_split_loses_nothing(head, turns, limit, policy
     elif head >= limit or policy == "drop":
         assert pieces == []
     elif policy == "split":
-        assert [t for piece in pieces for t in piece.ids[head:]] == list(range(head, total))
+        trained = [token for piece in pieces for token, counts in zip(piece.ids, piece.mask) if counts]
+        assert {token for piece in pieces for token in piece.ids[head:]} == {*range(head, total)}
+        assert len(trained) == len(set(trained))
+        full = {piece.ids[-1] + 1 for piece in pieces if len(piece.ids) == limit}  # no room for the token that ends the answer
+        assert set(range(head, total)) - set(trained) <= full.intersection(starts[1:])
+        assert not any(piece.mask[head] for piece in pieces if piece.ids[head] in starts[1:])
     else:
         (piece,) = pieces
         body = piece.ids[head:]
         assert body == list(range(body[0], body[0] + len(body))) and body[0] in starts
         assert body[-1] == total - 1 or body[0] == starts[-1]  # whole last turns, or the last one's beginning
+        assert not piece.mask[head] or body[0] == head
+
+
+@pytest.mark.parametrize("policy, pieces", [("truncate", 1), ("split", 2)])
+def test_a_cut_conversation_trains_answers_with_their_ends_and_no_role_token(renderer, tokenizer, policy, pieces):
+    messages = [S, Q, {**A, "content": "x" * 30}, Q, {**A, "content": "y" * 30}]
+    samples = renderer(overlong=policy, seq_length=70).render({"messages": messages}, "x", 1).samples
+    trained = [tokenizer.decode(s.input_ids[s.loss_mask > 0].tolist()) for s in samples]
+    assert len(trained) == pieces and trained[-1] == f"\n{'y' * 30}<|user|>", trained
+    assert pieces == 1 or trained[0] == f"\n{'x' * 30}<|user|>"
+
+
+def test_a_last_question_that_fills_the_row_trains_nothing(renderer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"messages": [Q, A, {**Q, "content": "q" * 200}, A]}) + "\n")
+    corpus = load(str(path), renderer(overlong="truncate", seq_length=60))
+    assert not corpus.samples and corpus.num_rows == 1
 
 
 def test_overlong_rows_are_counted_by_what_became_of_them(renderer, tmp_path):
