@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import sys
 import time
 from typing import Protocol
@@ -152,8 +153,9 @@ def _facts(step: int, values: dict[str, float], method: Method, nonfinite: NonFi
 
 
 def _held_out_loss(values: dict[str, float]) -> float | None:
-    """What the best checkpoint has least of, where this step was evaluated."""
-    return values.get("eval/loss", -values["eval/reward_mean"] if "eval/reward_mean" in values else None)
+    """What the best checkpoint has least of, where this step was evaluated and the result is a number."""
+    loss = values.get("eval/loss", -values.get("eval/reward_mean", math.nan))
+    return loss if math.isfinite(loss) else None
 
 
 def _step(job: Job, method: Method, step: int) -> dict[str, float]:

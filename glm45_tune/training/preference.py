@@ -162,20 +162,24 @@ class Preference:
     def _precomputed(self) -> dict[tuple[str, int], np.ndarray]:
         """(file, line) of a pair → float32 [2], the log-probabilities of its answers before the first step: measured once, kept
 
-        with the run.
+        with the run, and measured again where the data is not the same. The trainer holds no checkpoint yet.
         """
         job, path = self._job, self._job.run / REFERENCE_FILE
-        if not path.is_file():
-            sides = [self._measured(job.train.samples, job.train_rows), self._measured(job.held_out.samples, job.eval_rows)]
-            if dist.get_rank() == 0:
-                staging = path.with_suffix(".partial.npz")
-                np.savez(staging, train=sides[0], held_out=sides[1])
-                staging.replace(path)
-            runtime.barrier()
-        kept = np.load(path)
+        sides = {"train": (job.train.samples, job.train_rows), "held_out": (job.held_out.samples, job.eval_rows)}
+        digests = {name: samples.digest() if len(samples) else "" for name, (samples, _) in sides.items()}
+        read = [dict(np.load(path)) if dist.get_rank() == 0 and path.is_file() else {}]
+        dist.broadcast_object_list(read, src=0)
+        kept = read[0]
+        other = [name for name in sides if f"{name} digest" not in kept or str(kept[f"{name} digest"]) != digests[name]]
+        for name in other:
+            kept |= {name: self._measured(*sides[name]), f"{name} digest": np.array(digests[name])}
+        if other and dist.get_rank() == 0:
+            staging = path.with_suffix(".partial.npz")
+            np.savez(staging, **kept)
+            staging.replace(path)
         found = {}
-        for name, corpus in (("train", job.train), ("held_out", job.held_out)):
-            for pair, values in zip(Pairs(corpus.samples) if len(corpus.samples) else (), kept[name].reshape(-1, 2)):
+        for name, (samples, _) in sides.items():
+            for pair, values in zip(Pairs(samples) if len(samples) else (), kept[name].reshape(-1, 2), strict=True):
                 found[pair.chosen.source, pair.chosen.line] = values
         return found
 

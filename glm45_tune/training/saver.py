@@ -1,6 +1,7 @@
 """When a run is saved and which checkpoints stay. Writing goes on in the background, from a snapshot, beside the next steps."""
 
 import contextlib
+import math
 import shutil
 import sys
 import threading
@@ -108,12 +109,12 @@ def check_saved(saver: Saver, run: Path, step: int) -> None:
 
 
 def _evaluated(run: Path) -> dict[Path, float]:
-    """Held-out loss of every complete checkpoint that has one."""
+    """Held-out loss of every complete checkpoint that has one which is a number."""
     found = {}
     for path in checkpoint.complete_checkpoints(run):
         with contextlib.suppress(CheckpointError, KeyError):  # damaged, or not evaluated
             found[path] = checkpoint.saved_facts(path)["eval_loss"]
-    return found
+    return {path: loss for path, loss in found.items() if math.isfinite(loss)}
 
 
 def _prune(run: Path, limit: int | None, keeps_best: bool) -> None:

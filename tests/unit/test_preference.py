@@ -108,6 +108,25 @@ def test_a_precomputed_reference_trains_as_the_adapter_switched_off_does(train):
     assert whole[0]["train/loss"] == pytest.approx(np.log(2), rel=1e-5) and whole[-1]["train/loss"] < np.log(2)
 
 
+def test_a_precomputed_reference_is_of_the_data_there_is(train, pairs, tmp_path):
+    """Gone on with other pairs, held out and trained: measured again, of the model before its first step."""
+    rows = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, chosen in (("first", rows[:8]), ("second", rows[5:]), ("held", rows[:3]), ("other", rows[9:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(chosen), encoding="utf-8")
+    found = []
+    for reference in ("adapter_off", "precomputed"):
+        for steps, trained, held in ((2, "first", "held"), (4, "second", "other")):
+            last = train(
+                reference, **LORA, preference={"beta": 2.0, "length_normalised": True, "reference": reference},
+                train={"steps": steps, "global_batch_size": 4, "eval_interval": 1, "save_interval": 1, "on_change": "continue"},
+                data={"train": str(tmp_path / f"{trained}.jsonl"), "eval": str(tmp_path / f"{held}.jsonl")},
+            )  # fmt: skip
+        found.append(last)
+    for a, b in zip(*found, strict=True):
+        for name in ("train/loss", "eval/loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
 def test_the_gradient_is_that_of_the_formula():
     """−log σ of the margin, differentiated by hand: −β σ(−β h) for the chosen answer, its opposite for the rejected one."""
     from glm45_tune.rl.preference import pair_losses
