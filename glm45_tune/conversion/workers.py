@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from glm45_tune.errors import UserError
+from glm45_tune.processes import ForkServer
 
 Tick = Callable[[int], None]
 _ENOUGH_FOR_ONE = 2**32  # bytes below which starting processes takes longer than the work
@@ -30,7 +31,7 @@ def each(function: Callable, readers: tuple, tasks: list, workers: int, tick: Ti
         for task in tasks:
             then(task, function(*readers, task, tick))
         return
-    context = multiprocessing.get_context("forkserver")
+    context = ForkServer()
     context.set_forkserver_preload([__name__, function.__module__])
     done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _enter, (function, readers, done, stop))

@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 
 from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.errors import DataError
+from glm45_tune.processes import Spawn
 from glm45_tune.recipe import DataConfig
 
 _SCHEMA = pa.schema(
@@ -159,7 +159,7 @@ def rendered(
     if not workers:
         yield from (_render_chunk(chunk, renderer) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (renderer,))
+    pool = ProcessPoolExecutor(workers, Spawn(), _start_worker, (renderer,))
     try:
         waiting = deque(pool.submit(_in_worker, chunk) for chunk in islice(chunks, max(2 * workers, ahead)))
         while waiting:
