@@ -5,25 +5,23 @@ import signal
 import torch
 import torch.distributed as dist
 
+from glm45_tune.training import signals
 from glm45_tune.training.failure import is_echo
 
 
 class Interruption:
-    """Remembers signals while it is entered. Used by all ranks together, in the main thread."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    """Remembers signals while it is entered. Used by all ranks together."""
 
     def __init__(self):
         self._told = False
         self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "Interruption":
-        self._before = [signal.signal(number, self._remember) for number in self._SIGNALS]
+        self._before = signals.hear(self._remember)
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        for number, handler in zip(self._SIGNALS, self._before):
-            signal.signal(number, handler)
+        signals.forget(self._before)
         if self._told and error and is_echo(error):  # the rank that failed has spoken, and this one was to end with it
             signal.raise_signal(signal.SIGTERM)
 

@@ -20,8 +20,7 @@ import time
 import warnings
 
 from glm45_tune.errors import STOPPED
-
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+from glm45_tune.training import signals
 
 
 class Ranks:
@@ -45,7 +44,7 @@ class Ranks:
 
         SIGTERM and SIGUSR1 go on to the ranks, which save and end (see `interruption.py`).
         """
-        before = {n: signal.signal(n, lambda number, _: self._starter.send_signal(number)) for n in _PASSED_ON}
+        before = signals.hear(lambda number, _: self._starter.send_signal(number))
         try:
             self._running = True
             with contextlib.suppress(BrokenPipeError):  # a starter that could not start has said why
@@ -56,8 +55,7 @@ class Ranks:
                 print(f"the process that starts the ranks was killed by {signal.Signals(-code).name}.", file=sys.stderr)
             return code if code >= 0 else 1
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signals.forget(before)
 
     def __exit__(self, *fault) -> None:
         if not self._running:
@@ -91,8 +89,7 @@ def _main() -> int:
         return 0
     count, arguments = json.loads(line)
     os.environ["WORLD_SIZE"] = str(count)
-    for number in _PASSED_ON:
-        signal.signal(number, lambda number, _: told.append(number))
+    signals.hear(lambda number, _: told.append(number))
     ranks = {begin(rank, arguments): rank for rank in range(count)}
     threading.Thread(target=lambda: (os.read(0, 1), told.append(signal.SIGTERM)), daemon=True).start()
     try:
@@ -118,7 +115,7 @@ def _fork(rank: int, arguments: list[str]) -> int:
 
 def _become_rank() -> None:
     _end_with_parent()
-    for number in _PASSED_ON:
+    for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -35,3 +35,26 @@ def test_a_script_without_a_guard_runs_once(checkpoints, corpus, tmp_path, scrip
     ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, env=env, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split("\n")[0] == "begun" and ended.stdout.count("begun") == 1 and "24 samples" in ended.stdout
+
+
+TRAINS = """
+import sys, threading
+from glm45_tune import Recipe, train
+codes = []
+for ranks in (1, 2):
+    sections = {"parallel": {"world_size": ranks}, "output_dir": f"{OUTPUT}{ranks}"}
+    recipe = Recipe.from_dict(RECIPE | sections)
+    thread = threading.Thread(target=lambda: codes.append(train(recipe)))
+    thread.start()
+    thread.join()
+print(codes)
+"""
+
+
+def test_a_program_may_train_in_a_thread_of_its_own(checkpoints, corpus, make_recipe, tmp_path):
+    """A server, say: Python's threads cannot hear signals, which are then the program's own affair."""
+    recipe = make_recipe(checkpoints["air"], corpus, tmp_path / "run", train={"steps": 1})
+    path = tmp_path / "script.py"
+    path.write_text(f"RECIPE = {recipe!r}\nOUTPUT = {str(tmp_path / 'run')!r}\n{TRAINS}")
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, check=False)
+    assert ended.stdout.splitlines()[-1:] == ["[0, 0]"], ended.stderr
