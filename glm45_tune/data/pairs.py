@@ -60,7 +60,9 @@ class PairRenderer(ChatRenderer):
         if self.options.overlong == "split":
             raise DataError("a pair cannot be split: data.overlong is to be error, drop or truncate")
         sides = [check_messages(row), check_messages(row, "rejected_messages")]
-        shared = next((n for n, (a, b) in enumerate(zip(*sides)) if a != b), min(map(len, sides)))
+        # what of it may be trained in other rows does not matter: what both share is not trained at all
+        said = ([{**message, "weight": None} for message in messages] for messages in sides)
+        shared = next((n for n, (a, b) in enumerate(zip(*said)) if a != b), min(map(len, sides)))
         if not shared:
             raise DataError("chosen and rejected share no beginning: they are to be answers to one prompt")
         tools, thinking = check_tools(row), self._thinking(row)

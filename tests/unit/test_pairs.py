@@ -73,6 +73,9 @@ def test_a_pair_shares_its_prompt_and_trains_what_differs(tokenizer):
     (pair,) = Pairs(PairRenderer(tokenizer, options()).render(row, "x", 1).samples)
     texts = [tokenizer.decode(side.input_ids[pair.prompt :].tolist()) for side in (pair.chosen, pair.rejected)]
     assert texts == ["\n<think>t</think>\na<|user|>", "\n<think></think>\nno<|user|>"]
+    row = {"messages": [Q, {**A, "loss": False}, Q, A], "rejected_messages": [Q, A, Q, B]}
+    for sample, answer in zip(PairRenderer(tokenizer, options()).render(row, "x", 1).samples, "ab"):
+        assert tokenizer.decode(sample.input_ids[sample.loss_mask > 0].tolist()) == f"\n{answer}<|user|>"
     trained = [tokenizer.decode(s.input_ids[s.loss_mask > 0].tolist()) for s in (pair.chosen, pair.rejected)]
     assert trained == ["\n<think>t</think>\na<|user|>", "\nno<|user|>"]
 
