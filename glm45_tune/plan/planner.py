@@ -1,6 +1,6 @@
 """A recipe, a number of cards and a kind of card → what every rank holds, how long a step takes, and whether it fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from glm45_tune.errors import LayoutError, RecipeError, UserError
 from glm45_tune.layout import Layout
@@ -149,10 +149,11 @@ def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardwa
 
 
 def search(spec: ModelSpec, recipe: Recipe, hardware: Hardware) -> list[Plan]:
-    """Every layout of these cards that fits, fastest first (by memory where speed is not known)."""
-    found = []
+    """Every layout of these cards that fits and that the recipe allows, fastest first (by memory where speed is not known)."""
+    found, document = [], recipe.model_dump()
     for layout in _layouts(spec, recipe, hardware):
         try:
+            Recipe.from_dict(document | {"parallel": asdict(layout)})
             candidate = with_least_recompute(spec, recipe, layout, hardware)
         except UserError:
             continue

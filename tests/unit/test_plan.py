@@ -221,6 +221,32 @@ def test_search_ranks_what_fits(cli):
     assert json.loads(out)["time"]["seconds_per_step"] == pytest.approx(first["time"]["seconds_per_step"], rel=1e-6)
 
 
+OFFICIAL = [("air_lora_4gpu", 4, 3), ("glm45_lora_16xh20", 16, 8), ("air_sft_32xh20", 32, 28), ("glm45_sft_128xh20", 128, 96)]
+
+
+@pytest.mark.parametrize("name, gpus, least", OFFICIAL)
+def test_the_official_table_is_what_search_says(name, gpus, least):
+    """docs/planning.md: with the official number of H20 nothing is recomputed, and the fewer that it names fit, laid out as it says."""
+    recipe, document = Recipe.load(ROOT / "recipes" / f"{name}.yaml"), (ROOT / "docs" / "planning.md").read_text()
+    spec, _ = find_spec(recipe.model.path)
+    found = {n: search(spec, recipe, Hardware(CARDS["h20"], n, 8, recipe.data.seq_length)) for n in (gpus, least)}
+    (row,) = (line for line in document.splitlines() if f"| {gpus} × H20 with nothing recomputed; **{least} × H20** fit" in line)
+    assert not found[gpus][0].recomputed and not found[gpus][0].recipe.train.recompute_modules
+    layout = found[least][0].layout
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    said = [f"tensor {tensor}"] * (tensor > 1) + [f"pipeline {pipeline}"] * (tensor > 1 < pipeline)
+    assert all(words in row for words in said)
+
+
+def test_search_knows_what_the_recipe_refuses(cli, checkpoints):
+    """A local engine and sample texts are not written over pipeline stages."""
+    for name, *more in (("tiny_grpo",), ("tiny_lora", "logging.num_samples=2")):
+        command = ("plan", ROOT / "recipes" / f"{name}.yaml", f"model.path={checkpoints['air']}", *more)
+        code, out, err = cli(*command, "--search", "--gpu", "h20", "--gpus", 4, "--json")
+        assert code == 0, err
+        assert {layout["layout"]["pipeline_model_parallel_size"] for layout in json.loads(out)} == {1}
+
+
 def test_without_a_card_all_are_shown(cli):
     code, out, _ = cli("plan", AIR_LORA)
     assert code == 0 and all(name in out for name in CARDS)
