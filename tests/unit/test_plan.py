@@ -221,7 +221,12 @@ def test_search_ranks_what_fits(cli):
     assert json.loads(out)["time"]["seconds_per_step"] == pytest.approx(first["time"]["seconds_per_step"], rel=1e-6)
 
 
-OFFICIAL = [("air_lora_4gpu", 4, 3), ("glm45_lora_16xh20", 16, 8), ("air_sft_32xh20", 32, 28), ("glm45_sft_128xh20", 128, 96)]
+OFFICIAL = [
+    ("air_lora_4gpu", 4, 3),
+    ("glm45_lora_16xh20", 16, 8),
+    ("air_sft_32xh20", 32, 28),
+    ("glm45_sft_128xh20", 128, 96),
+]
 
 
 @pytest.mark.parametrize("name, gpus, least", OFFICIAL)
@@ -230,7 +235,9 @@ def test_the_official_table_is_what_search_says(name, gpus, least):
     recipe, document = Recipe.load(ROOT / "recipes" / f"{name}.yaml"), (ROOT / "docs" / "planning.md").read_text()
     spec, _ = find_spec(recipe.model.path)
     found = {n: search(spec, recipe, Hardware(CARDS["h20"], n, 8, recipe.data.seq_length)) for n in (gpus, least)}
-    (row,) = (line for line in document.splitlines() if f"| {gpus} × H20 with nothing recomputed; **{least} × H20** fit" in line)
+    (row,) = (
+        line for line in document.splitlines() if f"| {gpus} × H20 with nothing recomputed; **{least} × H20** fit" in line
+    )
     assert not found[gpus][0].recomputed and not found[gpus][0].recipe.train.recompute_modules
     layout = found[least][0].layout
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
