@@ -182,8 +182,6 @@ def data(
 
     from glm45_tune.data import report
     from glm45_tune.data.chat import load_tokenizer
-    from glm45_tune.data.sources import RENDERERS, kind_for, kind_of, load
-    from glm45_tune.data.stream import Stream
     from glm45_tune.recipe import Recipe
 
     changes = [key if key.startswith("data.") else f"data.{key}" for key in overrides or []]
@@ -196,12 +194,8 @@ def data(
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
     with report.unread_in_json(str(source), as_json):
-        kind = kind_for(recipe) if recipe.preference else kind_of(recipe.data)
-        if recipe.data.streaming:
-            corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
-        else:
-            corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
-    summary = report.summarise(corpus, recipe, tokenizer, kind)
+        corpus, held_out, kind = report.read(recipe, tokenizer)
+    summary = report.summarise(corpus, held_out, recipe, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
     elif corpus.num_rows:

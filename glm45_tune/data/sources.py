@@ -20,6 +20,7 @@ from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
 from glm45_tune.data.formats import KINDS, format_of
 from glm45_tune.data.labels import LabelledRenderer
+from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
 from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
@@ -333,9 +334,13 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
         held = load(options.eval, renderer, seed)
         held.check(options.on_bad_row)
         return train, held
+    return train, hold_out(train, options, seed)
+
+
+def hold_out(train: Corpus, options: DataConfig, seed: int) -> Corpus:
+    """Move data.eval_ratio of a corpus's rows into another: all samples of a row, and its repetitions, are on one side."""
     held = Corpus()
-    if options.eval_ratio:
-        # whole rows are held out: all samples of a row, and its repetitions, are on one side
+    if options.eval_ratio and len(train.samples):
         row_of = train.samples.origins().rows()
         rows = row_of.max() + 1
         count = max(1, round(rows * options.eval_ratio))
@@ -344,4 +349,13 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
         is_held = np.isin(row_of, np.random.default_rng(seed).choice(rows, count, replace=False))
         held.samples = Chosen(train.samples, np.flatnonzero(is_held))
         train.samples = Chosen(train.samples, np.flatnonzero(~is_held))
-    return train, held
+    return held
+
+
+def rows_of(corpus: Corpus, options: DataConfig, kind: str) -> Rows:
+    """Which samples of a corpus share a row of training."""
+    size = RENDERERS[kind].per_row  # a pair's two lie in one row
+    lengths = corpus.lengths.reshape(-1, size).sum(axis=1)
+    is_packed = options.packing and kind != "rl"  # prompts are chosen one by one; it is their answers that are packed
+    rows = pack(lengths, options.seq_length) if is_packed else Rows.single(len(lengths))
+    return rows.of_groups(size)
