@@ -178,8 +178,6 @@ def data(
     as_json: JsonFlag = False,
 ) -> None:
     """Show what training will see: counts, lengths, packing, samples with the trained tokens in colour, every bad row."""
-    from rich.console import Console
-
     from glm45_tune.data import report
     from glm45_tune.data.chat import load_tokenizer
     from glm45_tune.recipe import Recipe
@@ -199,7 +197,7 @@ def data(
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
     elif corpus.num_rows:
-        report.show(corpus, summary, tokenizer, show, Console())
+        report.show(corpus, summary, tokenizer, show)
     if not corpus.num_rows:
         raise UserError(f"{source}: holds no rows.")
     if corpus.faults and recipe.data.on_bad_row == "error":

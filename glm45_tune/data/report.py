@@ -128,8 +128,9 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
     }
 
 
-def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console) -> None:
+def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
     """The person's view of the same."""
+    console = Console(markup=False, emoji=False)  # rows and names of files may hold what looks like markup
     table = Table(show_header=False, box=None, pad_edge=False)
     lengths = summary["lengths"]
     shown = {key: value for key, value in summary.items() if key != "lengths"}
@@ -144,14 +145,16 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console)
         console.print(f"{span + ' tokens':>22s} {'█' * max(1, round(40 * number / most))} {number:,}", highlight=False)
     for sample, more in _first(corpus, summary["kind"], count):
         side = f" {more['answer']}" if "answer" in more else ""
-        legend = "" if summary["kind"] == "rl" else f"([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])"
-        console.print(f"\n[bold]{sample.source}:{sample.line}{side}[/bold]  {legend}")
+        title = Text.assemble((f"\n{sample.source}:{sample.line}{side}", "bold"), "  ")
+        if summary["kind"] != "rl":
+            title.append_text(Text.assemble("(", ("trained", TRAINED), ", ", ("context", CONTEXT), ")"))
+        console.print(title)
         console.print(coloured(sample, tokenizer))
         if summary["kind"] == "rl":
             columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
-            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False, markup=False)
+            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False)
     for fault in corpus.faults:
-        console.print(f"[red]{fault.file}:{fault.line}:[/red] {fault.message}", highlight=False)
+        console.print(Text.assemble((f"{fault.file}:{fault.line}:", "red"), f" {fault.message}"))
 
 
 def coloured(sample: Sample, tokenizer) -> Text:

@@ -93,9 +93,9 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for the tables in a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    """As wide as the terminal; wide enough for the tables in a file. A path may hold what looks like markup."""
+    width = None if Console().is_terminal else 140
+    return Console(width=width, markup=False, emoji=False)
 
 
 def _plan(question: Question, card: Card) -> Plan:
