@@ -359,7 +359,7 @@ def evaluate(
             found = evaluate_run(path, questions, think, max_new_tokens, step, device_map)
         else:
             model = ChatModel(path, adapter, device_map)
-            found = [("", file, asking.evaluate(model, asked, think, max_new_tokens)) for file, asked in questions.items()]
+            found = [("", *scored) for scored in asking.evaluate(model, questions, think, max_new_tokens).items()]
         scores += [{"model": f"{path} {which}".strip(), "data": file, **score.document()} for which, file, score in found]
     document = json.dumps(scores, ensure_ascii=False)
     if output:

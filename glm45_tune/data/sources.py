@@ -81,7 +81,7 @@ def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int)
 
     read: is told of a file's bytes as they are read.
     """
-    name = _name_of(source)
+    name = name_of(source)
     if name == source:
         return _rows_of(source, read)
     count = source.rpartition("#")[2]
@@ -199,7 +199,7 @@ def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
 
 def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus:
     # what a hub or a function yields has no content to know it by, and is rendered anew
-    name = _name_of(source.path)
+    name = name_of(source.path)
     files = files_of(name) if Path(name).exists() else None
     key = key_of(files, renderer.options, renderer.tokenizer, f"{renderer.kind} {source.path} {seed}") if files else None
     if key:
@@ -303,7 +303,7 @@ def kind_of(options: DataConfig) -> str:
     """What the data is for, "sft", "preference" or "rl": by its named format, else by the first row whose fields tell."""
     form = options.format
     if form is None:
-        rows = (row for source in sources_of(options.train) for _, _, row in read_source(_name_of(source.path)))
+        rows = (row for source in sources_of(options.train) for _, _, row in read_source(name_of(source.path)))
         form = next((form for row in rows if isinstance(row, dict) and (form := format_of(row))), None)
     return KINDS.get(form, "sft")
 
@@ -315,7 +315,7 @@ def kind_for(recipe: Recipe) -> str:
     return recipe.kind
 
 
-def _name_of(source: str) -> str:
+def name_of(source: str) -> str:
     """A source without the number of rows to take of it."""
     name, _, count = source.rpartition("#")
     return name if name and count.isdecimal() and not Path(source).exists() else source
