@@ -139,7 +139,7 @@ class Talk:
     def run(self, prompt: str | None) -> None:
         plain = {"markup": False, "emoji": False}  # what a model says may look like markup
         self._terminal, self._output = Console(stderr=True, **plain), Console(highlight=False, soft_wrap=True, **plain)
-        if prompt:
+        if prompt is not None:
             self._say(prompt)
             return
         while question := self._ask("> "):
@@ -211,6 +211,8 @@ def talk(
     device_map: str | None = None,
 ) -> None:
     """Talk with a directory's model in this process, or with the one (of the name `model`) that `server` serves."""
+    if prompt is not None and not prompt.strip():
+        raise UserError("chat: --prompt is empty. Give it a question, or leave it out to type questions.")
     definitions = load_tools(tools) if tools else None
     if server:
         side: Local | Remote = Remote(server, str(adapter or model) if adapter or model else None)

@@ -197,3 +197,9 @@ def test_what_looks_like_markup_is_said_as_it_is(checkpoints, typing, monkeypatc
     monkeypatch.setattr(ChatModel, "stream", lambda self, prompt, most: iter([next(answers)]))
     code, out, err = typing(["q", "a result", ""], checkpoints["air"])
     assert code == 0 and "[/x]({})" in out and "[b]1[/i] :100:" in out and "result of [/x]> " in err
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_one_sentence(checkpoints, typing, prompt):
+    code, out, err = typing([], checkpoints["air"], "--prompt", prompt)
+    assert code == 2 and "--prompt is empty" in err and "> " not in err and not out
