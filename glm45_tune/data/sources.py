@@ -116,7 +116,7 @@ def numbered(source: str, rows: Iterable) -> Iterator[Row]:
     try:
         for number, row in enumerate(rows, start=1):
             yield source, number, as_row(without_nulls(row))
-    except Exception as error:  # the user's program, or a hub's client
+    except (Exception, SystemExit) as error:  # the user's program, or a hub's client
         raise DataError(f"{source}:{number + 1}: this row cannot be had: {error!r}. Mend what yields it.") from error
 
 
@@ -159,7 +159,7 @@ def _called(source: str) -> Iterable:
         raise DataError(f"{source}: is {came}; a plain function that yields or returns rows is expected.")
     try:
         rows = function()
-    except Exception as error:  # the user's program
+    except (Exception, SystemExit) as error:  # the user's program
         raise DataError(f"{source}: the function, called without arguments, raised {error!r}.") from error
     try:
         return iter(rows)

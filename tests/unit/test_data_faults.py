@@ -143,6 +143,10 @@ def midway():
     yield {"text": "a"}
     yield {"text": "b"}
     raise ValueError("broken pipe")
+def leaves_at_once(): raise SystemExit(3)
+def leaves_midway():
+    yield {"text": "a"}
+    raise SystemExit(3)
 def wants(path): return []
 def nothing(): pass
 def one(): return 1
@@ -157,6 +161,8 @@ async def waits_and_yields(): yield {}
     [
         ("faulty_rows:at_once", r"faulty_rows:at_once: .*raised KeyError\('k'\)"),
         ("faulty_rows:midway", r"faulty_rows:midway:3: .*ValueError\('broken pipe'\)"),
+        ("faulty_rows:leaves_at_once", r"faulty_rows:leaves_at_once: .*raised SystemExit\(3\)"),
+        ("faulty_rows:leaves_midway", r"faulty_rows:leaves_midway:2: this row cannot be had: SystemExit\(3\)"),
         ("faulty_rows:wants", "faulty_rows:wants: .*TypeError.*missing 1 required"),
         ("faulty_rows:nothing", "returned NoneType; rows are expected"),
         ("faulty_rows:one", "returned int; rows are expected"),
