@@ -177,7 +177,7 @@ def _row(question: Question, answer: Answer) -> dict:
 
 def show(scores: list[dict]) -> None:
     """A table of scores (documents with `model` and `data`), and the first answer of each."""
-    console = Console(markup=False, emoji=False)  # so may the name of a file, or an answer, look like markup
+    console = Console(markup=False, emoji=False)  # names of files may hold what looks like markup
     says_calls = any(score["num_calls"] for score in scores)
     table = Table("model", "data", "asked", "exact", "thinks", *["calls valid"] * says_calls, "perplexity")
     for score in scores:
