@@ -178,12 +178,8 @@ def data(
     as_json: JsonFlag = False,
 ) -> None:
     """Show what training will see: counts, lengths, packing, samples with the trained tokens in colour, every bad row."""
-    from rich.console import Console
-
     from glm45_tune.data import report
     from glm45_tune.data.chat import load_tokenizer
-    from glm45_tune.data.sources import RENDERERS, kind_for, kind_of, load
-    from glm45_tune.data.stream import Stream
     from glm45_tune.recipe import Recipe
 
     changes = [key if key.startswith("data.") else f"data.{key}" for key in overrides or []]
@@ -196,16 +192,12 @@ def data(
         recipe = Recipe.of_data(str(source), str(model), changes)
     tokenizer = load_tokenizer(model)
     with report.unread_in_json(str(source), as_json):
-        kind = kind_for(recipe) if recipe.preference else kind_of(recipe.data)
-        if recipe.data.streaming:
-            corpus = Stream(recipe.data, tokenizer, recipe.train.seed).first_window()
-        else:
-            corpus = load(recipe.data.train, RENDERERS[kind](tokenizer, recipe.data), recipe.train.seed)
-    summary = report.summarise(corpus, recipe, tokenizer, kind)
+        corpus, held_out, kind = report.read(recipe, tokenizer)
+    summary = report.summarise(corpus, held_out, recipe, tokenizer, kind)
     if as_json:
         print(json.dumps(report.document(corpus, summary, tokenizer, show), ensure_ascii=False))
     elif corpus.num_rows:
-        report.show(corpus, summary, tokenizer, show, Console())
+        report.show(corpus, summary, tokenizer, show)
     if not corpus.num_rows:
         raise UserError(f"{source}: holds no rows.")
     if corpus.faults and recipe.data.on_bad_row == "error":
@@ -236,6 +228,8 @@ def plan(
     """Memory, layout and time of a run before a card is touched; exit 2 with what would fit when it does not."""
     if sbatch and (search or as_json):
         raise UserError("plan: --sbatch prints a script; leave --search and --json out.")
+    if minutes and not sbatch:
+        raise UserError(f"plan: --minutes {minutes} is the time limit of --sbatch's script; give --sbatch too, or leave it out.")
     from glm45_tune.plan import command
 
     request = command.Request(recipe, overrides or [], gpu, gpus, gpus_per_node, document_tokens, tokens, minutes)
@@ -367,7 +361,7 @@ def evaluate(
             found = evaluate_run(path, questions, think, max_new_tokens, step, device_map)
         else:
             model = ChatModel(path, adapter, device_map)
-            found = [("", file, asking.evaluate(model, asked, think, max_new_tokens)) for file, asked in questions.items()]
+            found = [("", *scored) for scored in asking.evaluate(model, questions, think, max_new_tokens).items()]
         scores += [{"model": f"{path} {which}".strip(), "data": file, **score.document()} for which, file, score in found]
     document = json.dumps(scores, ensure_ascii=False)
     if output:

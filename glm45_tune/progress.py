@@ -24,7 +24,7 @@ def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     known = (DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
     unknown = (TextColumn("{task.completed:,}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), *(unknown if total is None else known))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *(unknown if total is None else known))
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda size: progress.advance(task, size)

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from glm45_tune.chat.answers import Answer, fault_of, typed
 from glm45_tune.chat.model import ChatModel
-from glm45_tune.data.chat import HALF_A_PAIR, ChatRenderer, check_messages, check_tools
+from glm45_tune.data.chat import HALF_A_PAIR, ChatRenderer, Sample, check_messages, check_tools
 from glm45_tune.data.files import files_of
 from glm45_tune.data.formats import canonical
-from glm45_tune.data.sources import read_source
+from glm45_tune.data.sources import name_of, read_source
 from glm45_tune.errors import DataError, UserError
 from glm45_tune.recipe import DataConfig
 
@@ -32,6 +32,8 @@ class Question:
     wanted_calls: list[dict]
     row: dict
     where: tuple[str, int]
+    thinking: bool | None
+    """The row's own enable_thinking."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,13 @@ def load_questions(path: str) -> list[Question]:
             *messages, answer = check_messages(found)
             if answer["role"] != "assistant" or not messages:
                 raise DataError("the last message must be the assistant's answer to a question before it")
+            if not answer["weight"]:
+                raise DataError("the last message, the answer wanted, has loss false or loss_scale 0. Leave out that, or the row")
             calls = [call["function"] for call in answer.get("tool_calls", [])]
             json.dumps(found, ensure_ascii=False, default=str).encode()
-            questions.append(Question(messages, check_tools(found), answer["content"].strip(), calls, row, (file, line)))
+            thinking = found.get("enable_thinking")
+            wanted = answer["content"].strip()
+            questions.append(Question(messages, check_tools(found), wanted, calls, row, (file, line), thinking))
         except UnicodeEncodeError:
             raise DataError(f"{file}:{line}: {HALF_A_PAIR}") from None
         except DataError as error:
@@ -90,9 +96,11 @@ def load_questions(path: str) -> list[Question]:
     return questions
 
 
-def hash_of(path: str) -> str:
-    """sha256 of a data file, or of its files' hashes where it is a folder."""
-    digests = []
+def hash_of(source: str) -> str | None:
+    """sha256 of a data file, or of its files' hashes where it is a folder; None of what a hub or a function yields."""
+    digests, path = [], name_of(source)
+    if not Path(path).exists():
+        return None
     for file in files_of(path):
         with open(file, "rb") as handle:
             digests.append(hashlib.file_digest(handle, "sha256"))
@@ -101,29 +109,43 @@ def hash_of(path: str) -> str:
 
 def evaluate(
     model: ChatModel,
-    questions: list[Question],
+    questions: dict[str, list[Question]],
     think: bool | None = None,
     max_new_tokens: int = 512,
     data: DataConfig | None = None,
-) -> Score:
-    """Greedy answers under the default prompt, or with thinking on or off.
+) -> dict[str, Score]:
+    """Greedy answers to the questions of each file: under the prompt that the row asks for, or with thinking on or off for all.
 
-    exact: text equal after stripping white space, and the same calls. data: as what the rows are trained, for the perplexity.
+    exact: text equal after stripping white space, and the same calls. data: as what the answers are trained, for the perplexity.
     """
+    # the last answer is what is asked for; its row's format was recognised already
+    changes = {"seq_length": _LONGEST, "overlong": "error", "turns": "last", "format": None}
+    renderer = ChatRenderer(model.tokenizer, (data or DataConfig(train="-")).model_copy(update=changes))
+    # all of them before the first answer: a row that is refused ends it
+    samples = {file: _samples(renderer, asked, think) for file, asked in questions.items()}
+    return {file: _score(model, asked, samples[file], think, max_new_tokens) for file, asked in questions.items()}
+
+
+def _samples(renderer: ChatRenderer, questions: list[Question], think: bool | None) -> list[Sample]:
+    """The questions with the answers that are wanted, rendered as they are asked."""
+    given = {} if think is None else {"enable_thinking": think}
+    return [sample for q in questions for sample in renderer.render(q.row | given, *q.where).samples]
+
+
+def _score(
+    model: ChatModel, questions: list[Question], samples: list[Sample], think: bool | None, max_new_tokens: int
+) -> Score:
     rows, calls, valid = [], 0, 0
     for first in range(0, len(questions), BATCH):
         batch = questions[first : first + BATCH]
-        answers = model.generate([model.prompt(q.messages, think, q.tools) for q in batch], max_new_tokens)
+        prompts = [model.prompt(q.messages, q.thinking if think is None else think, q.tools) for q in batch]
+        answers = model.generate(prompts, max_new_tokens)
         for question, answer in zip(batch, answers):
             row = _row(question, answer)
             rows.append(row)
             calls += len(row["calls"])
             valid += sum(call["fault"] is None for call in row["calls"])
     count, thinks = len(rows), sum(bool(row["thought"]) for row in rows)
-    changes = {"seq_length": _LONGEST, "overlong": "error"} | ({} if think is None else {"enable_thinking": think})
-    options = (data or DataConfig(train="-")).model_copy(update=changes)
-    renderer = ChatRenderer(model.tokenizer, options)
-    samples = [sample for question in questions for sample in renderer.render(question.row, *question.where).samples]
     return Score(
         count,
         sum(row["exact"] for row in rows) / count,
@@ -155,7 +177,7 @@ def _row(question: Question, answer: Answer) -> dict:
 
 def show(scores: list[dict]) -> None:
     """A table of scores (documents with `model` and `data`), and the first answer of each."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of files may hold what looks like markup
     says_calls = any(score["num_calls"] for score in scores)
     table = Table("model", "data", "asked", "exact", "thinks", *["calls valid"] * says_calls, "perplexity")
     for score in scores:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from glm45_tune.chat.answers import Answer, Splitter, fault_of, typed
 from glm45_tune.chat.model import ChatModel
@@ -136,8 +137,9 @@ class Talk:
     messages: list[dict] = field(default_factory=list)
 
     def run(self, prompt: str | None) -> None:
-        self._terminal, self._output = Console(stderr=True), Console(highlight=False, soft_wrap=True)
-        if prompt:
+        plain = {"markup": False, "emoji": False}  # what a model says may look like markup
+        self._terminal, self._output = Console(stderr=True, **plain), Console(highlight=False, soft_wrap=True, **plain)
+        if prompt is not None:
             self._say(prompt)
             return
         while question := self._ask("> "):
@@ -148,7 +150,7 @@ class Talk:
 
     def _ask(self, sign: str) -> str:
         try:
-            return self._terminal.input(f"[bold]{sign}[/bold]").strip()
+            return self._terminal.input(Text(sign, "bold")).strip()
         except EOFError:
             return ""
 
@@ -163,9 +165,9 @@ class Talk:
             elif order == "/new":
                 self.messages.clear()
             else:
-                self._terminal.print(_HELP, highlight=False, markup=False)
+                self._terminal.print(_HELP, highlight=False)
         except UserError as error:
-            self._terminal.print(str(error), style="red", markup=False)
+            self._terminal.print(str(error), style="red")
 
     def _say(self, question: str, with_results: bool = False) -> None:
         self.messages.append({"role": "user", "content": question})
@@ -185,7 +187,7 @@ class Talk:
             if shown and kind != shown[-1]:
                 self._output.print()
             text = text if shown and kind == shown[-1] else text.lstrip("\n")
-            self._output.print(text, end="", style=_STYLES[kind], markup=False)
+            self._output.print(text, end="", style=_STYLES[kind])
             if text:
                 shown.append(kind)
 
@@ -193,7 +195,7 @@ class Talk:
         self._output.print()
         for call in turn.calls:
             line = f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
-            self._output.print(line + (f"  [{call['fault']}]" if call["fault"] else ""), style=_STYLES["call"], markup=False)
+            self._output.print(line + (f"  [{call['fault']}]" if call["fault"] else ""), style=_STYLES["call"])
         self.messages.append(turn.message())
         return turn
 
@@ -209,6 +211,8 @@ def talk(
     device_map: str | None = None,
 ) -> None:
     """Talk with a directory's model in this process, or with the one (of the name `model`) that `server` serves."""
+    if prompt is not None and not prompt.strip():
+        raise UserError("chat: --prompt is empty. Give it a question, or leave it out to type questions.")
     definitions = load_tools(tools) if tools else None
     if server:
         side: Local | Remote = Remote(server, str(adapter or model) if adapter or model else None)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from math import ceil
 
 import numpy as np
 from rich.console import Console
@@ -11,8 +10,9 @@ from rich.text import Text
 
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
-from glm45_tune.data.packing import Rows, pack
-from glm45_tune.data.sources import Corpus
+from glm45_tune.data.packing import BatchPlan
+from glm45_tune.data.sources import RENDERERS, Corpus, hold_out, kind_for, kind_of, load, rows_of
+from glm45_tune.data.stream import Stream
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import Recipe
 
@@ -20,14 +20,27 @@ TRAINED, CONTEXT, SPECIAL = "black on green", "dim", "bold"
 _EDGES = [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
-def summarise(corpus: Corpus, recipe: Recipe, tokenizer, kind: str) -> dict:
-    """Numbers of a corpus of a kind, plain enough for JSON."""
+def read(recipe: Recipe, tokenizer) -> tuple[Corpus, Corpus, str]:
+    """What training would take, what it would hold out of that, and the kind of both; of a stream its first window.
+
+    Without an objective in the recipe, or a recipe, the first row says the kind. Bad rows are listed, whatever on_bad_row says.
+    """
+    options, seed = recipe.data, recipe.train.seed
+    kind = kind_of(options) if recipe.kind == "sft" else kind_for(recipe)
+    if options.streaming:
+        return Stream(options, tokenizer, seed).first_window(), Corpus(), kind
+    corpus = load(options.train, RENDERERS[kind](tokenizer, options), seed)
+    return corpus, hold_out(corpus, options, seed), kind
+
+
+def summarise(corpus: Corpus, held_out: Corpus, recipe: Recipe, tokenizer, kind: str) -> dict:
+    """Numbers of what `read` gave, plain enough for JSON."""
     options, settings = recipe.data, recipe.train
     lengths = corpus.lengths
-    fitting = lengths[lengths <= options.seq_length]
-    packed = pack(fitting, options.seq_length) if options.packing else Rows.single(len(fitting))
-    fill = float(fitting.sum()) / max(len(packed) * options.seq_length, 1)
-    steps = ceil(len(packed) / settings.global_batch_size)
+    packed = rows_of(corpus, options, kind)
+    fill = float(lengths.sum()) / max(len(packed) * options.seq_length, 1)
+    batch = settings.global_batch_size, settings.micro_batch_size
+    steps = BatchPlan(len(packed), *batch, data_parallel_size=1, seed=settings.seed).steps_per_epoch
     opens, closes, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>", "<tool_call>"))
     thinking = tools = trained = desirable = 0
     for sample in corpus.samples:
@@ -41,6 +54,7 @@ def summarise(corpus: Corpus, recipe: Recipe, tokenizer, kind: str) -> dict:
         "rows": corpus.num_rows,
         "bad_rows": len(corpus.faults),
         "samples": len(corpus.samples),
+        **({"held_out": len(held_out.samples)} if options.eval_ratio else {}),
         "tokens": int(lengths.sum()),
         "trained_tokens": trained,
         "trained_weight": float(corpus.weights.sum()),
@@ -114,8 +128,9 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
     }
 
 
-def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console) -> None:
+def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
     """The person's view of the same."""
+    console = Console(markup=False, emoji=False)  # rows and names of files may hold what looks like markup
     table = Table(show_header=False, box=None, pad_edge=False)
     lengths = summary["lengths"]
     shown = {key: value for key, value in summary.items() if key != "lengths"}
@@ -130,14 +145,16 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int, console: Console)
         console.print(f"{span + ' tokens':>22s} {'█' * max(1, round(40 * number / most))} {number:,}", highlight=False)
     for sample, more in _first(corpus, summary["kind"], count):
         side = f" {more['answer']}" if "answer" in more else ""
-        legend = "" if summary["kind"] == "rl" else f"([{TRAINED}]trained[/{TRAINED}], [{CONTEXT}]context[/{CONTEXT}])"
-        console.print(f"\n[bold]{sample.source}:{sample.line}{side}[/bold]  {legend}")
+        title = Text.assemble((f"\n{sample.source}:{sample.line}{side}", "bold"), "  ")
+        if summary["kind"] != "rl":
+            title.append_text(Text.assemble("(", ("trained", TRAINED), ", ", ("context", CONTEXT), ")"))
+        console.print(title)
         console.print(coloured(sample, tokenizer))
         if summary["kind"] == "rl":
             columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
-            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False, markup=False)
+            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False)
     for fault in corpus.faults:
-        console.print(f"[red]{fault.file}:{fault.line}:[/red] {fault.message}", highlight=False)
+        console.print(Text.assemble((f"{fault.file}:{fault.line}:", "red"), f" {fault.message}"))
 
 
 def coloured(sample: Sample, tokenizer) -> Text:

@@ -20,6 +20,7 @@ from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
 from glm45_tune.data.formats import KINDS, format_of
 from glm45_tune.data.labels import LabelledRenderer
+from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
 from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
@@ -80,7 +81,7 @@ def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int)
 
     read: is told of a file's bytes as they are read.
     """
-    name = _name_of(source)
+    name = name_of(source)
     if name == source:
         return _rows_of(source, read)
     count = source.rpartition("#")[2]
@@ -115,7 +116,7 @@ def numbered(source: str, rows: Iterable) -> Iterator[Row]:
     try:
         for number, row in enumerate(rows, start=1):
             yield source, number, as_row(without_nulls(row))
-    except Exception as error:  # the user's program, or a hub's client
+    except (Exception, SystemExit) as error:  # the user's program, or a hub's client
         raise DataError(f"{source}:{number + 1}: this row cannot be had: {error!r}. Mend what yields it.") from error
 
 
@@ -158,7 +159,7 @@ def _called(source: str) -> Iterable:
         raise DataError(f"{source}: is {came}; a plain function that yields or returns rows is expected.")
     try:
         rows = function()
-    except Exception as error:  # the user's program
+    except (Exception, SystemExit) as error:  # the user's program
         raise DataError(f"{source}: the function, called without arguments, raised {error!r}.") from error
     try:
         return iter(rows)
@@ -198,7 +199,7 @@ def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
 
 def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus:
     # what a hub or a function yields has no content to know it by, and is rendered anew
-    name = _name_of(source.path)
+    name = name_of(source.path)
     files = files_of(name) if Path(name).exists() else None
     key = key_of(files, renderer.options, renderer.tokenizer, f"{renderer.kind} {source.path} {seed}") if files else None
     if key:
@@ -302,7 +303,7 @@ def kind_of(options: DataConfig) -> str:
     """What the data is for, "sft", "preference" or "rl": by its named format, else by the first row whose fields tell."""
     form = options.format
     if form is None:
-        rows = (row for source in sources_of(options.train) for _, _, row in read_source(_name_of(source.path)))
+        rows = (row for source in sources_of(options.train) for _, _, row in read_source(name_of(source.path)))
         form = next((form for row in rows if isinstance(row, dict) and (form := format_of(row))), None)
     return KINDS.get(form, "sft")
 
@@ -314,7 +315,7 @@ def kind_for(recipe: Recipe) -> str:
     return recipe.kind
 
 
-def _name_of(source: str) -> str:
+def name_of(source: str) -> str:
     """A source without the number of rows to take of it."""
     name, _, count = source.rpartition("#")
     return name if name and count.isdecimal() and not Path(source).exists() else source
@@ -333,9 +334,13 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
         held = load(options.eval, renderer, seed)
         held.check(options.on_bad_row)
         return train, held
+    return train, hold_out(train, options, seed)
+
+
+def hold_out(train: Corpus, options: DataConfig, seed: int) -> Corpus:
+    """Move data.eval_ratio of a corpus's rows into another: all samples of a row, and its repetitions, are on one side."""
     held = Corpus()
-    if options.eval_ratio:
-        # whole rows are held out: all samples of a row, and its repetitions, are on one side
+    if options.eval_ratio and len(train.samples):
         row_of = train.samples.origins().rows()
         rows = row_of.max() + 1
         count = max(1, round(rows * options.eval_ratio))
@@ -344,4 +349,13 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
         is_held = np.isin(row_of, np.random.default_rng(seed).choice(rows, count, replace=False))
         held.samples = Chosen(train.samples, np.flatnonzero(is_held))
         train.samples = Chosen(train.samples, np.flatnonzero(~is_held))
-    return train, held
+    return held
+
+
+def rows_of(corpus: Corpus, options: DataConfig, kind: str) -> Rows:
+    """Which samples of a corpus share a row of training."""
+    size = RENDERERS[kind].per_row  # a pair's two lie in one row
+    lengths = corpus.lengths.reshape(-1, size).sum(axis=1)
+    is_packed = options.packing and kind != "rl"  # prompts are chosen one by one; it is their answers that are packed
+    rows = pack(lengths, options.seq_length) if is_packed else Rows.single(len(lengths))
+    return rows.of_groups(size)

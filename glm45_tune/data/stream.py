@@ -23,6 +23,10 @@ from glm45_tune.errors import DataError
 from glm45_tune.layout import ranks_here
 from glm45_tune.recipe import DataConfig, sources_of
 
+_NONE_AGAIN = (
+    "gave rows the first time and none when it was read again. A function must give its rows anew each time it is called: "
+    "yield them, or return a list or a new iterator."
+)
 _MOST_WORKERS = 4  # of a rank: rendering is far quicker than training
 
 
@@ -140,7 +144,7 @@ class _Endless(Iterator[Row]):
                     yield where, line, row
                 behind = 0
             if is_whole and not any_row:
-                raise DataError(f"{self._path}: holds no rows.")
+                raise DataError(f"{self._path}: {_NONE_AGAIN if epoch else 'holds no rows.'}")
             epoch, first, behind = epoch + 1, 0, 0
 
     def _parts(self, epoch: int) -> list:

@@ -197,7 +197,9 @@ class Card:
                 calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%}"
                 shares = f"{score['exact']:.0%} | {score['non_thinking']:.0%} | {calls} | {score['perplexity']:.4g}"
                 lines.append(f"| {entry['data']} | {score['num_questions']} | {which} | {shares} |")
-        hashes = ", ".join(f"{entry['data']} is sha256 `{entry['sha256']}`" for entry in found)
+        hashes = ", ".join(
+            f"{entry['data']} is " + (f"sha256 `{entry['sha256']}`" if entry["sha256"] else "not a file") for entry in found
+        )
         modes = {entry["think"] for entry in found} - {None}
         thinking = " and ".join("on" if mode else "off" for mode in sorted(modes))
         return {"table": "\n".join(lines), "about": hashes + ".", "thinking": thinking, "entries": found}

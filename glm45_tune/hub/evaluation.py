@@ -35,13 +35,14 @@ def evaluate_run(
     """("base" | "tuned", data file, score) of each file of questions; also written to the run's eval.json.
 
     The base, and of a fully trained run its model, are written out for a while beside the run when they are no Hugging Face
-    directory. The perplexity is on the tokens that the run's own data options would train.
+    directory. The perplexity is on the tokens of the answers wanted that the run's own data options would train.
     """
     facts, checkpoint = facts_of(run), checkpoint_of(run, step)
     base, data = trained_on(run, facts), Recipe.load(run / RECIPE_FILE).data
+    hashes = {file: hash_of(file) for file in questions}
 
     def ask(model: ChatModel) -> dict[str, Score]:
-        return {file: evaluate(model, asked, think, max_new_tokens, data) for file, asked in questions.items()}
+        return evaluate(model, questions, think, max_new_tokens, data)
 
     with tempfile.TemporaryDirectory(prefix=".eval_", dir=run) as holder:
         before = _directory(base, Path(holder) / "base")
@@ -56,7 +57,7 @@ def evaluate_run(
             to_hf(Trained(base, McoreDir(checkpoint)), Path(holder) / "tuned", verify=False, kept=True)
             model = ChatModel(Path(holder) / "tuned", device_map=device_map)
         scores["tuned"] = ask(model)
-    _keep(run, step_of(checkpoint), think, scores)
+    _keep(run, step_of(checkpoint), think, scores, hashes)
     return [(which, file, score) for which, by_file in scores.items() for file, score in by_file.items()]
 
 
@@ -72,12 +73,14 @@ def _directory(base: HfReader, elsewhere: Path) -> Path:
     return elsewhere
 
 
-def _keep(run: Path, step: int, think: bool | None, scores: dict[str, dict[str, Score]]) -> None:
+def _keep(
+    run: Path, step: int, think: bool | None, scores: dict[str, dict[str, Score]], hashes: dict[str, str | None]
+) -> None:
     """Add the scores to eval.json, in place of earlier ones of the same questions, step and mode."""
     path = run / EVALUATION
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     for file in scores["base"]:
-        entry = {"data": Path(file).name, "sha256": hash_of(file), "step": step, "think": think}
+        entry = {"data": Path(file).name, "sha256": hashes[file], "step": step, "think": think}
         kept = [old for old in kept if any(old[key] != value for key, value in entry.items())]
         kept.append(entry | {which: by_file[file].document() for which, by_file in scores.items()})
     path.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -46,7 +46,7 @@ class Question:
     gpus: int
 
     def hardware(self, card: Card) -> Hardware:
-        length = min(self.request.document_tokens or self.recipe.data.seq_length, self.recipe.data.seq_length)
+        length = self.request.document_tokens or self.recipe.data.seq_length
         return Hardware(card, self.gpus, self.request.gpus_per_node, length)
 
 
@@ -54,6 +54,12 @@ def ask(request: Request) -> Question:
     if request.data_tokens is not None and not 0 < request.data_tokens < float("inf"):
         raise UserError(f"plan: --tokens {request.data_tokens}: a positive number is expected.")
     recipe = Recipe.load(request.recipe_path, request.overrides)
+    length = recipe.data.seq_length
+    if request.document_tokens and request.document_tokens > length:
+        raise UserError(
+            f"plan: --document-tokens {request.document_tokens} is more than a row holds, data.seq_length {length}; documents are "
+            f"cut to that. Give at most {length}, or raise data.seq_length."
+        )
     spec, origin = find_spec(recipe.model.path)
     if recipe.model.mtp_loss_scaling_factor and not spec.mtp_num_layers:
         raise UserError(
@@ -93,9 +99,9 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for the tables in a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    """As wide as the terminal; wide enough for the tables in a file. A path may hold what looks like markup."""
+    width = None if Console().is_terminal else 140
+    return Console(width=width, markup=False, emoji=False)
 
 
 def _plan(question: Question, card: Card) -> Plan:

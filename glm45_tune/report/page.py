@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import sys
 from pathlib import Path
 
 from glm45_tune.errors import UserError
@@ -121,8 +122,12 @@ def _experts(path: Path) -> dict | None:
     """Layers × experts: tokens over the layer's mean, of the last steps."""
     if not path.is_file():
         return None
-    load = json.loads(path.read_text(encoding="utf-8"))["load"]
-    columns = [f"expert {number}" for number in range(len(load[0]))] if load else []
+    try:
+        load = json.loads(path.read_text(encoding="utf-8"))["load"]
+        columns = [f"expert {number}" for number in range(len(load[0]))] if load else []
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{path}: is damaged ({error!r}), so the page leaves out the load of each expert.", file=sys.stderr)
+        return None
     return {"rows": [f"MoE layer {number}" for number in range(len(load))], "columns": columns, "values": load}
 
 

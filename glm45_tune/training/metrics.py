@@ -87,7 +87,9 @@ class Metrics:
         self._load = load if self._load is None else self._load.lerp(load, 0.1)
         if step == self._last_step or time.monotonic() - self._load_written > _SECONDS_BETWEEN_LOADS:
             document = {"step": step, "load": [[round(each, 3) for each in row] for row in self._load.tolist()]}
-            self._path.with_name(LOAD_FILE).write_text(json.dumps(document) + "\n", encoding="utf-8")
+            staged = self._path.with_name(f"{LOAD_FILE}.partial")  # a report may be reading the last one
+            staged.write_text(json.dumps(document) + "\n", encoding="utf-8")
+            staged.replace(self._path.with_name(LOAD_FILE))
             self._load_written = time.monotonic()
 
     def _append(self) -> None:

@@ -9,8 +9,8 @@ from glm45_tune.conversion.patterns import frozen
 from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import Sample, load_tokenizer
-from glm45_tune.data.packing import BatchPlan, Rows, pack
-from glm45_tune.data.sources import RENDERERS, Corpus, kind_for, load_data
+from glm45_tune.data.packing import BatchPlan, Rows
+from glm45_tune.data.sources import Corpus, kind_for, load_data, rows_of
 from glm45_tune.data.stream import Stream, load_stream
 from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
@@ -104,7 +104,7 @@ def prepare(recipe: Recipe) -> Job:
     facts = run_directory.facts_of(recipe, source, corpus) if is_first else {}
     if is_first:
         run_directory.check_same(recipe, facts)
-    rows = _rows(corpus, recipe, kind)
+    rows = rows_of(corpus, recipe.data, kind)
     plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size, layout.data_parallel_size, train.seed)
     return Job(
         recipe,
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe) -> Job:
         corpus,
         held_out,
         rows,
-        _rows(held_out, recipe, kind),
+        rows_of(held_out, recipe.data, kind),
         plan,
         train.steps or train.epochs * plan.steps_per_epoch,
         stream,
@@ -142,11 +142,3 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
             f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
             f"{share * layout.microbatch_multiple}."
         )
-
-
-def _rows(corpus: Corpus, recipe: Recipe, kind: str) -> Rows:
-    size = RENDERERS[kind].per_row  # a pair's two lie in one row
-    lengths = corpus.lengths.reshape(-1, size).sum(axis=1)
-    is_packed = recipe.data.packing and not recipe.rl  # prompts are chosen one by one; it is their answers that are packed
-    rows = pack(lengths, recipe.data.seq_length) if is_packed else Rows.single(len(lengths))
-    return rows.of_groups(size)

@@ -1,5 +1,6 @@
 """eval: what it counts is what was said, and a run's base and tuned model score what those models score by themselves."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -129,3 +130,77 @@ def test_what_cannot_be_evaluated_is_one_sentence(lora_run, checkpoints, asked, 
     ):
         code, _, err = cli("eval", *arguments)
         assert code == 2 and words in err and "Traceback" not in err, err
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "答案"}
+
+
+def test_a_row_that_is_refused_is_refused_before_anything_is_asked(checkpoints, lora_run, asked, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(ChatModel, "generate", lambda *arguments: pytest.fail("asked"))
+    for row, words in (
+        ({"messages": [Q, A | {"loss": False}]}, "bad.jsonl:2: the last message, the answer wanted, has loss false"),
+        ({"messages": [Q | {"content": "<|user|>"}, A]}, "bad.jsonl:2: a message's text holds one of the control tokens"),
+        ({"messages": [Q, A], "enable_thinking": "no"}, "bad.jsonl:2: enable_thinking is 'no'"),
+    ):
+        bad = written(tmp_path / "bad.jsonl", {"messages": [Q, A]}, row)
+        for model in (checkpoints["air"], lora_run):
+            code, _, err = cli("eval", model, "--data", asked, "--data", bad)
+            assert code == 2 and words in err, err
+
+
+def test_a_run_keeps_scores_of_a_sample_and_of_what_has_no_hash(lora_run, tmp_path, cli, monkeypatch):
+    rows = [{"messages": [Q, A | {"content": f"答案{n}"}]} for n in range(4)]
+    file = written(tmp_path / "some.jsonl", *rows)
+    (tmp_path / "asked_rows.py").write_text(f"def ok():\n    return {rows}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sources = ("--data", f"{file}#3", "--data", "asked_rows:ok")
+    code, _, err = cli("eval", lora_run, *sources, "--max-new-tokens", 2, "--output", tmp_path / "scores.json")
+    assert code == 0, err
+    assert [score["num_questions"] for score in json.loads((tmp_path / "scores.json").read_text())] == [3, 4, 3, 4]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    kept = {entry["data"]: entry["sha256"] for entry in json.loads((lora_run / "eval.json").read_text())}
+    assert kept == {"some.jsonl#3": digest, "asked_rows:ok": None}
+    assert cli("export", lora_run, "--output", tmp_path / "tuned")[0] == 0
+    card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
+    assert f"some.jsonl#3 is sha256 `{digest}`, asked_rows:ok is not a file." in card
+    (lora_run / "eval.json").unlink()
+
+
+def test_a_row_is_asked_as_it_says_unless_the_command_says_more(checkpoints, tmp_path, cli, monkeypatch):
+    from glm45_tune.chat.answers import Answer
+
+    prompts, scores = [], []
+    monkeypatch.setattr(ChatModel, "generate", lambda self, asked, most: [prompts.append(p) or Answer("") for p in asked])
+    files = [written(tmp_path / f"{n}.jsonl", {"messages": [Q, A]} | more) for n, more in enumerate(({}, {"enable_thinking": False}))]
+    for file in files:
+        for flag in ((), ("--think",), ("--no-think",)):
+            code, out, err = cli("eval", checkpoints["air"], "--data", file, *flag, "--json")
+            assert code == 0, err
+            scores.append(json.loads(out)[0]["perplexity"])
+    assert [prompt.endswith("<think></think>") for prompt in prompts] == [False, False, True, True, False, True]
+    assert scores[0] == scores[1] == scores[4] and scores[2] == scores[3] == scores[5] != scores[0]
+
+
+def test_the_perplexity_is_of_the_answer_wanted_alone(checkpoints, tmp_path, cli):
+    found = []
+    for more in ({}, {"loss": False}):
+        file = written(tmp_path / "two.jsonl", {"messages": [Q, A | {"content": "zzz @@"} | more, Q, A]})
+        code, out, err = cli("eval", checkpoints["air"], "--data", file, "--max-new-tokens", 1, "--json")
+        assert code == 0, err
+        found.append(json.loads(out)[0]["perplexity"])
+    assert found[0] == found[1]
+
+
+def test_a_run_of_prompts_is_asked_what_any_other_is(checkpoints, asked):
+    """The format of its own data is not that of the questions."""
+    from glm45_tune.chat.evaluate import evaluate, load_questions
+
+    model, questions = ChatModel(checkpoints["air"]), {"f": load_questions(str(asked))}
+    found = [evaluate(model, questions, None, 1, DataConfig(train="-", format=form)) for form in (None, "rl")]
+    assert found[0] == found[1]

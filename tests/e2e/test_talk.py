@@ -37,7 +37,7 @@ def typing(monkeypatch, cli):
             except StopIteration:
                 raise EOFError from None
 
-        monkeypatch.setattr("rich.console.Console.input", lambda self, sign="": read(sign))
+        monkeypatch.setattr("rich.console.Console.input", lambda self, sign="": read(str(sign)))
         code, out, err = cli("chat", *arguments)
         assert next(waiting, None) is None, "not everything typed was read"
         return code, out, err + "".join(asked)
@@ -190,3 +190,16 @@ def test_what_can_be_wrong_with_a_server_or_tools(tmp_path, cli, checkpoints):
     ):
         code, _, err = cli("chat", *arguments)
         assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def test_what_looks_like_markup_is_said_as_it_is(checkpoints, typing, monkeypatch):
+    answers = iter(["\n<tool_call>[/x]\n</tool_call>", "[b]1[/i] :100:"])
+    monkeypatch.setattr(ChatModel, "stream", lambda self, prompt, most: iter([next(answers)]))
+    code, out, err = typing(["q", "a result", ""], checkpoints["air"])
+    assert code == 0 and "[/x]({})" in out and "[b]1[/i] :100:" in out and "result of [/x]> " in err
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_one_sentence(checkpoints, typing, prompt):
+    code, out, err = typing([], checkpoints["air"], "--prompt", prompt)
+    assert code == 2 and "--prompt is empty" in err and "> " not in err and not out

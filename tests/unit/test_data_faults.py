@@ -143,6 +143,10 @@ def midway():
     yield {"text": "a"}
     yield {"text": "b"}
     raise ValueError("broken pipe")
+def leaves_at_once(): raise SystemExit(3)
+def leaves_midway():
+    yield {"text": "a"}
+    raise SystemExit(3)
 def wants(path): return []
 def nothing(): pass
 def one(): return 1
@@ -157,6 +161,8 @@ async def waits_and_yields(): yield {}
     [
         ("faulty_rows:at_once", r"faulty_rows:at_once: .*raised KeyError\('k'\)"),
         ("faulty_rows:midway", r"faulty_rows:midway:3: .*ValueError\('broken pipe'\)"),
+        ("faulty_rows:leaves_at_once", r"faulty_rows:leaves_at_once: .*raised SystemExit\(3\)"),
+        ("faulty_rows:leaves_midway", r"faulty_rows:leaves_midway:2: this row cannot be had: SystemExit\(3\)"),
         ("faulty_rows:wants", "faulty_rows:wants: .*TypeError.*missing 1 required"),
         ("faulty_rows:nothing", "returned NoneType; rows are expected"),
         ("faulty_rows:one", "returned int; rows are expected"),
@@ -274,3 +280,20 @@ def test_no_question_is_an_error(fault_of, row):
 
 def test_answers_that_render_alike_are_no_pair(fault_of):
     assert "are the same to the model" in fault_of({"prompt": "q", "chosen": "same", "rejected": "same "}, "preference")[1]
+
+
+def test_what_looks_like_markup_in_rows_and_names_is_shown_as_it_is(checkpoints, tmp_path, cli, monkeypatch):
+    path = tmp_path / "[/a]" / "[set1]{0}.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [{"messages": [Q, A]}] * 99 + [{"messages": [{"role": role, "content": "q"}]} for role in ("[bold]u", "[/x]")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("COLUMNS", "500")
+    for forced in (False, True):  # a terminal has a bar, too
+        if forced:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+            monkeypatch.setenv("GLM45_TUNE_CACHE", str(tmp_path / "cache"))
+        code, out, err = cli("data", path, "--model", checkpoints["air"])
+        out = re.sub(r"\x1b\[[0-9;]*m", "", out)
+        assert code == 2 and "2 of 101 rows are bad" in err and "Traceback" not in err
+        assert f'{path}:100: messages[0].role is "[bold]u"' in out and f'{path}:101: messages[0].role is "[/x]"' in out
+        assert f"{path}:1  (trained, context)" in out

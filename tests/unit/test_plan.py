@@ -93,6 +93,11 @@ FAULTS = {
     "memory": (["--gpu", "a100", "model.path=GLM-4.5"], ["GiB of 79.2", "weights", "Nearest that fits", "× a100"]),
     "model": (["model.path=/nope/GLM-9"], ["no such directory", "GLM-4.5-Air"]),
     "script without a card": (["--sbatch"], ["--gpu"]),
+    "limit without a script": (["--minutes", "60"], ["--minutes 60 is the time limit of --sbatch's script"]),
+    "documents longer than a row": (
+        ["--document-tokens", "8193", "data.seq_length=8192"],
+        ["--document-tokens 8193 is more than a row holds, data.seq_length 8192"],
+    ),
 }
 
 

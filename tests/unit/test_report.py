@@ -139,3 +139,31 @@ def test_nothing_but_a_page_is_replaced(run, tmp_path, cli):
     (run / "metrics.jsonl").write_text('{"step": 1}\n{not}\n')
     code, _, err = cli("report", run)
     assert code == 2 and "metrics.jsonl: line 2 is not JSON" in err
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 4, "load": [[0.5, 1.', "{}", "[]", '{"load": 3}', b"\xff"])
+def test_a_damaged_load_is_left_out_and_said(run, cli, content):
+    directory, _ = run
+    (directory / "expert_load.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, err = cli("report", directory)
+    assert code == 0 and "expert_load.json: is damaged" in err and "Traceback" not in err
+    assert '"experts": null' in (directory / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_load_is_whole_or_the_one_before(make_recipe, tmp_path, monkeypatch):
+    """A kill or a full disk in the middle of the writing."""
+    from pathlib import Path
+
+    import torch
+
+    from glm45_tune.recipe import Recipe
+    from glm45_tune.training.metrics import Metrics
+
+    metrics = Metrics(tmp_path, Recipe.from_dict(make_recipe("model", "data", tmp_path)), 0, 1)
+    metrics.write(1, {}, torch.ones(2, 3))
+    before = (tmp_path / "expert_load.json").read_text()
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **options: self.write_bytes(text[:9].encode()) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        metrics.write(1, {}, torch.zeros(2, 3))
+    metrics.close()
+    assert json.loads(before)["load"] == [[1.0] * 3] * 2 and (tmp_path / "expert_load.json").read_text() == before

@@ -276,3 +276,37 @@ def test_the_summary_says_padding_and_steps(checkpoints, cli, tmp_path):
     summary = json.loads(out)["summary"]
     assert code == 0 and summary["duplicates"] == 6 and summary["steps"] == summary["steps_per_epoch"] == 1
     assert summary["padding_ratio"] == pytest.approx(1 - summary["tokens"] / (7 * 64))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", ["sft", "preference", "labelled", "rl"])
+def test_the_data_command_counts_what_training_takes(checkpoints, make_recipe, cli, tmp_path, kind, packing):
+    from glm45_tune.recipe import Recipe
+    from glm45_tune.training.prepare import prepare
+
+    given = {
+        "sft": {"completion": "a"},
+        "preference": {"chosen": "a", "rejected": "b b"},
+        "labelled": {"completion": "a", "label": True},
+        "rl": {"solution": "a"},
+    }[kind]
+    rows = [{"prompt": "q " * (1 + n % 9), **given} for n in range(21)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aims = {
+        "sft": {},
+        "preference": {"preference": {}},
+        "labelled": {"preference": {"loss": "kto"}},
+        "rl": {"rl": {"rewards": [{"function": "exact_match"}], "max_new_tokens": 8}},
+    }[kind]
+    data = {"packing": packing, "eval_ratio": 0.3, "seq_length": 64}
+    recipe = make_recipe(checkpoints["air"], tmp_path / "x.jsonl", tmp_path / "run", data=data, lora={}, **aims)
+    recipe["train"] = {"epochs": 3, "global_batch_size": 2}
+    (tmp_path / "x.yaml").write_text(json.dumps(recipe))
+    code, out, err = cli("data", tmp_path / "x.yaml", "--json")
+    assert code == 0, err
+    found, job = json.loads(out)["summary"], prepare(Recipe.from_dict(recipe))
+    assert found["kind"] == job.kind == kind and found["rows"] == 21
+    assert found["held_out"] == len(job.held_out.samples) == 6 * (2 if kind == "preference" else 1)
+    assert found["samples"] == len(job.train.samples) and found["tokens"] == job.train.lengths.sum()
+    assert found["packed_rows"] == len(job.train_rows) and (found["packed_rows"] < 15) == (packing and kind != "rl")
+    assert found["steps_per_epoch"] == job.plan.steps_per_epoch and found["steps"] == job.num_steps

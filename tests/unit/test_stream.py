@@ -196,3 +196,10 @@ def _runs(pid: int) -> bool:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_a_function_that_gives_the_same_iterator_twice_is_told_so(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "spent_rows.py").write_text("once = iter([{'text': 'a'}] * 9)\ndef rows():\n    return once\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="spent_rows:rows: gave rows the first time and none when it was read again"):
+        load_stream(options("spent_rows:rows"), tokenizer)
