@@ -94,20 +94,71 @@ def load(name: str):
     return FUNCTIONS[name]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+_OPTIONS = {  # of the built-in functions: what each takes, and in words
+    "column": (lambda value: isinstance(value, str), "the name of a column"),
+    "pattern": (lambda value: isinstance(value, str), "a regular expression"),
+    "whole": (lambda value: isinstance(value, bool), "true or false"),
+    "thinks": (lambda value: isinstance(value, bool), "true or false"),
+    "target": (lambda value: _is_number(value) and value > 0, "a number of characters above 0"),
+    "tolerance": (lambda value: _is_number(value) and value >= 0, "a number of characters, 0 or more"),
+}
+
+
 def check_rewards(rewards: list[RewardConfig]) -> None:
     """Raise RecipeError where a built-in reward is given options that it does not take, or lacks one, or its library."""
     for number, reward in enumerate(rewards):
-        where = f"rl.rewards[{number}] ({reward.function})"
+        where, options = f"rl.rewards[{number}] ({reward.function})", reward.options
         if reward.function not in FUNCTIONS:
             continue
         try:
-            inspect.signature(FUNCTIONS[reward.function]).bind("", "", {}, **reward.options)
+            inspect.signature(FUNCTIONS[reward.function]).bind("", "", {}, **options)
         except TypeError as error:
             raise RecipeError(f"{where}: options: {error}.") from None
         try:
             load(reward.function)
         except ImportError as error:
             raise RecipeError(f"{where}: needs {error.name}: pip install {error.name.replace('_', '-')}.") from None
+        for name, (takes, words) in _OPTIONS.items():
+            if name in options and not takes(options[name]):
+                raise RecipeError(f"{where}: options: {name} is {options[name]!r}; {words} is expected.")
+        if "pattern" in options:
+            pattern = options["pattern"]
+            try:
+                re.compile(pattern, re.DOTALL)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise RecipeError(f"{where}: options: pattern {pattern!r} is no regular expression: {error}.") from None
+        if options.get("schema") is not None and (fault := _fault_of_schema(options["schema"])):
+            raise RecipeError(f"{where}: options: schema is no JSON schema: {fault}.")
+
+
+def check_columns(rewards: list[RewardConfig], columns: dict, where: str) -> None:
+    """Raise RecipeError where a built-in reward needs a column that a prompt lacks. columns: its row; where: its name."""
+    for number, reward in enumerate(rewards):
+        taken = inspect.signature(FUNCTIONS[reward.function]).parameters if reward.function in FUNCTIONS else {}
+        if "column" not in taken or reward.options.get("schema") is not None:
+            continue
+        column, here = reward.options.get("column", taken["column"].default), f"rl.rewards[{number}] ({reward.function})"
+        if column not in columns:
+            raise RecipeError(
+                f"{here}: {where} has no column {column!r}; it has {', '.join(columns)}. Name one of them in "
+                "options.column, or add it to the rows."
+            )
+        if reward.function == "json_schema" and (fault := _fault_of_schema(columns[column])):
+            raise RecipeError(f"{here}: {where}: {column} is no JSON schema: {fault}. Mend it.")
+
+
+def _fault_of_schema(schema: object) -> str | None:
+    import jsonschema
+
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        return error.message
+    return None
 
 
 @dataclass

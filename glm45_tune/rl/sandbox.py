@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+from glm45_tune.errors import RecipeError
 from glm45_tune.objectives import RewardConfig
 from glm45_tune.rl import rewards
 
@@ -48,6 +49,11 @@ class Worker:
                 failed = 1 if self._one_by_one and kind != "cannot start" else len(items) - len(results)
                 results += [(None, kind, message)] * failed
         return results
+
+    def fault(self) -> str | None:
+        """Why its process cannot be started, None where it can."""
+        found = self._start()
+        return found and found[1]
 
     def _start(self) -> tuple[str, str] | None:
         """Start the process if it does not run. Returns why it could not."""
@@ -112,6 +118,24 @@ class Worker:
             self._home.cleanup()
 
 
+def check_functions(configs: list[RewardConfig]) -> None:
+    """Start every function that is not built in once. Raises RecipeError where one is not there or cannot be called so."""
+    for number, config in enumerate(configs):
+        if config.function in rewards.FUNCTIONS:
+            continue
+        worker = Worker(config, START_SECONDS)
+        try:
+            fault = worker.fault()
+        finally:
+            worker.close()
+        if fault:
+            said = fault.removeprefix(f"{config.function}: ")
+            raise RecipeError(
+                f"rl.rewards[{number}] ({config.function}): cannot start: {said}. A function (prompt, completion, columns, "
+                f"**options) is expected, of a module in {os.getcwd()} or on PYTHONPATH."
+            )
+
+
 def _checked(value) -> Result:
     try:
         value = float(value)
@@ -148,6 +172,17 @@ def _batch(function, items: list, options: dict) -> list[Result]:
     return [_checked(value) for value in values]
 
 
+def _check_call(function: object, options: dict) -> None:
+    """Raises TypeError where a reward cannot be asked of it."""
+    if not callable(function):
+        raise TypeError(f"is {function!r}, which is no function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some that are written in C tell nobody what they take
+        return
+    signature.bind("", "", {}, **options)
+
+
 def main(config: RewardConfig, seconds: float) -> None:
     """The child: says whether it is ready, then answers lines of items with lines of results."""
     speak = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -160,6 +195,7 @@ def main(config: RewardConfig, seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     try:
         function = rewards.load(config.function)
+        _check_call(function, config.options)
     except Exception as error:  # importing the user's module runs it
         say({"error": f"{config.function}: {type(error).__name__}: {error}"})
         return

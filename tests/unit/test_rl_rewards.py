@@ -9,7 +9,7 @@ import pytest
 from glm45_tune.errors import RecipeError
 from glm45_tune.objectives import RewardConfig
 from glm45_tune.rl import rewards
-from glm45_tune.rl.sandbox import Worker
+from glm45_tune.rl.sandbox import Worker, check_functions
 
 THOUGHT = "\n<think>8 perhaps</think>\n8"
 
@@ -54,6 +54,44 @@ def test_options_a_reward_does_not_take_are_said_before_anything_runs():
         rewards.check_rewards([RewardConfig(function="exact_match", options={"colunm": "a"})])
 
 
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("exact_match", {"column": 5}, "column is 5"),
+        ("regex", {"pattern": "("}, r"pattern '\(' is no regular expression: missing"),
+        ("regex", {"pattern": 5}, "pattern is 5"),
+        ("regex", {"pattern": "a", "whole": "no"}, "whole is 'no'; true or false"),
+        ("format", {"thinks": "no"}, "thinks is 'no'; true or false"),
+        ("length", {"target": 0}, "target is 0; a number of characters above 0"),
+        ("length", {"target": "5"}, "target is '5'"),
+        ("length", {"target": -5}, "target is -5"),
+        ("length", {"target": 5, "tolerance": -1}, "tolerance is -1"),
+        ("json_schema", {"schema": {"type": "strng"}}, "schema is no JSON schema: 'strng'"),
+        ("json_schema", {"schema": 5}, "schema is no JSON schema: 5"),
+    ],
+)  # fmt: skip
+def test_options_that_a_reward_cannot_use_are_said(name, options, said):
+    with pytest.raises(RecipeError, match=rf"rl.rewards\[0\] \({name}\): options: {said}"):
+        rewards.check_rewards([RewardConfig(function=name, options=options)])
+
+
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("exact_match", {"column": "nosuch"}, "has no column 'nosuch'; it has prompt, answer, shape"),
+        ("math", {}, "has no column 'solution'"),
+        ("json_schema", {}, "has no column 'schema'"),
+        ("json_schema", {"column": "shape"}, "shape is no JSON schema: 'strng'"),
+    ],
+)  # fmt: skip
+def test_a_column_that_the_first_prompt_lacks_is_said(name, options, said):
+    row = {"prompt": "?", "answer": "8", "shape": {"type": "strng"}}
+    with pytest.raises(RecipeError, match=rf"rl.rewards\[0\] \({name}\): a.jsonl:1:? {said}"):
+        rewards.check_columns([RewardConfig(function=name, options=options)], row, "a.jsonl:1")
+    fitting = [("exact_match", {"column": "answer"}), ("json_schema", {"schema": {}}), ("a:b", {})]
+    rewards.check_columns([RewardConfig(function=name, options=options) for name, options in fitting], row, "a.jsonl:1")
+
+
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory):
     """A module of rewards beside the command, as a user has it."""
@@ -62,6 +100,8 @@ def functions(tmp_path_factory):
         textwrap.dedent(
             """
             import asyncio, os, time
+
+            NUMBER = 5
 
             def good(prompt, completion, columns, factor=1.0):
                 print("this is not an answer")
@@ -139,6 +179,20 @@ def test_a_function_that_is_not_there_is_said(functions, monkeypatch):
     for name in ("my_rewards:other", "no_such_module:f"):
         found = evaluate(functions, monkeypatch, name, ["a", "b"])
         assert [fault for _, fault, _ in found] == ["cannot start"] * 2 and name in found[0][2]
+
+
+def test_a_function_that_cannot_be_asked_is_said_before_anything_runs(functions, monkeypatch):
+    monkeypatch.chdir(functions)
+    check_functions([RewardConfig(function="my_rewards:good", options={"factor": 2.0}), RewardConfig(function="math")])
+    faulty = [
+        ("no_such_module:f", {}, "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("my_rewards:other", {}, "AttributeError: .*no attribute 'other'"),
+        ("my_rewards:NUMBER", {}, "TypeError: is 5, which is no function"),
+        ("my_rewards:good", {"fator": 2.0}, "TypeError: .*'fator'"),
+    ]
+    for name, options, said in faulty:
+        with pytest.raises(RecipeError, match=rf"rl.rewards\[0\] \({name}\): cannot start: {said}"):
+            check_functions([RewardConfig(function=name, options=options)])
 
 
 def test_weighted_sums_and_what_a_fault_leaves(functions, monkeypatch):
