@@ -12,6 +12,9 @@ from glm45_tune.rl import rewards
 from glm45_tune.rl.sandbox import Worker, check_functions
 
 THOUGHT = "\n<think>8 perhaps</think>\n8"
+UNFINISHED = "\n<think>Let me see: 42, or \\boxed{7}. Hmm"
+# what the model wrote in two turns, without what the tool said between them
+TURNS = "\n<think>先问</think>\n<tool_call>get_weather\n</tool_call><|observation|>\n<think>知道了</think>\n21 度"
 
 
 @pytest.mark.parametrize(
@@ -41,10 +44,41 @@ THOUGHT = "\n<think>8 perhaps</think>\n8"
         ("length", {"target": 4}, "12", {}, 0.5),
         ("length", {"target": 4, "tolerance": 2}, "12", {}, 1),
         ("length", {"target": 4}, "x" * 100, {}, 0),
+        ("regex", {"pattern": "42"}, UNFINISHED, {}, 0),
+        ("regex", {"pattern": "[^0-9]*", "whole": True}, UNFINISHED, {}, 0),
+        ("math", {}, UNFINISHED, {"solution": "7"}, 0),
+        ("length", {"target": 40, "tolerance": 20}, UNFINISHED, {}, 0),
+        ("format", {"thinks": False}, UNFINISHED, {}, 0),
+        ("exact_match", {}, TURNS, {"solution": "21 度"}, 1),
+        ("regex", {"pattern": "21 度", "whole": True}, TURNS, {}, 1),
+        ("regex", {"pattern": "get_weather|先"}, TURNS, {}, 0),
+        ("math", {}, TURNS.replace("21 度", "$7$"), {"solution": "7"}, 1),
+        ("json_schema", {"schema": {"type": "object"}}, TURNS.replace("21 度", '{"a": 1}'), {}, 1),
+        ("length", {"target": 4}, TURNS, {}, 1),
+        ("format", {}, TURNS, {}, 1),
+        ("format", {}, TURNS.replace("知道了</think>", ""), {}, 0),
+        ("exact_match", {}, TURNS.rpartition("\n<think>")[0], {"solution": ""}, 1),
     ],
 )  # fmt: skip
 def test_what_is_built_in(name, options, completion, columns, wanted):
     assert rewards.FUNCTIONS[name]("?", completion, columns, **options) == wanted
+
+
+@pytest.mark.parametrize(
+    "begun, completion, said, thinks, plain",
+    [
+        ("<think>", "8 perhaps</think>8", "8", 1, 0),
+        ("<think>", "8 perhaps", "", 0, 0),
+        ("<think>", "who?</think><|observation|>8 perhaps", "", 0, 0),
+        ("</think>", "8", "8", 0, 1),
+        ("\n<think></think>", "\n8", "8", 0, 1),
+        ("\n<think></think>", "\n<think>8", "", 0, 0),
+    ],
+)  # fmt: skip
+def test_what_the_prompt_begins_of_a_thought_counts(begun, completion, said, thinks, plain):
+    prompt = f"[gMASK]<sop><|user|>\nWhat is <think>?<|assistant|>{begun}"
+    assert rewards.spoken(prompt, completion) == said
+    assert rewards.format(prompt, completion, {}) == thinks and rewards.format(prompt, completion, {}, thinks=False) == plain
 
 
 def test_options_a_reward_does_not_take_are_said_before_anything_runs():
