@@ -46,7 +46,7 @@ class Job:
     card: Card | None = None
     """What each rank runs on, known when they have joined."""
     last_rows: list[list[Sample]] = field(default_factory=list)
-    """Those of the last step that was asked for."""
+    """Those of the last step that was asked for; of reinforcement learning its answers, one a row."""
 
     @property
     def run(self) -> Path:

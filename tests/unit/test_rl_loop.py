@@ -13,6 +13,7 @@ from glm45_tune.recipe import Recipe
 from glm45_tune.rl.engine import Completion
 from glm45_tune.rl.losses import answer_weights
 from glm45_tune.training import loop
+from glm45_tune.training.nonfinite import NonFinite
 from glm45_tune.training.policy import PolicyGradient
 from glm45_tune.training.prepare import prepare
 from glm45_tune.training.rollout import Answer, Roller
@@ -200,6 +201,15 @@ def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stop
     sections["rl"]["on_reward_error"] = "stop"
     with pytest.raises(UserError, match="sometimes: raised for .* of 32 answers: ValueError: an odd answer"):
         loop.run(make("stops", **sections))
+
+
+def test_the_batch_of_a_step_that_is_not_finite_is_its_answers(make, capsys):
+    job = make(train={"steps": 1})
+    run(job)
+    NonFinite(job, 0, writes=True).see(1, {"is_skipped": True, "train/loss": math.nan, "train/grad_norm": math.nan})
+    lines = [json.loads(line) for line in (job.run / "nonfinite" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(lines) == 16 and all(line["source"].endswith("prompts.jsonl") and "个问题" in line["text"] for line in lines)
+    assert all(0 < sum(line["loss_mask"]) <= 12 and len(line["input_ids"]) == len(line["loss_mask"]) for line in lines)
 
 
 def test_groups_of_equal_rewards_teach_nothing_and_dynamic_sampling_replaces_them(make):
