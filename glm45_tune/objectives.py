@@ -100,7 +100,7 @@ class RLConfig(Section):
     rewards: Annotated[list[RewardConfig], Field(min_length=1)]
     """An answer's reward is the weighted sum of these."""
     reward_timeout_seconds: PositiveFloat = 10.0
-    """Longest time for one answer's reward."""
+    """Longest time for one answer's reward; a call of a batched function has it once for each of its answers."""
     on_reward_error: Literal["mask", "stop"] = "mask"
     """An answer whose reward raised, hung or was no number: leave it out of its group and of training, or stop. Both are counted."""
     engine: EngineConfig = EngineConfig()

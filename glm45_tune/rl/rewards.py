@@ -1,7 +1,7 @@
 """What an answer is worth. A reward is a Python function (prompt, completion, columns, **options) → number.
 
 prompt and completion are text, completion without the token that ended it; columns is the row the prompt came from, as it was
-read. `async def` functions run side by side; a function with the attribute `batched = True` gets lists of all three and returns
+read. `async def` functions run side by side; a function with `batched = True` on it, async or not, gets lists of all three and returns
 a list. Whatever a function does wrong is counted by kind, and the answer then has no reward rather than a wrong one.
 """
 

@@ -59,7 +59,7 @@ class Worker:
         """Start the process if it does not run. Returns why it could not."""
         if self._process is not None and self._process.poll() is None:
             return None
-        self._one_by_one = True
+        self._one_by_one, self._batched = True, False
         self._home = tempfile.TemporaryDirectory(prefix="glm45_tune_reward_")
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
         path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
@@ -77,19 +77,19 @@ class Worker:
             return ("cannot start", f"no word from its process within {START_SECONDS} s")
         if "error" in hello:
             return ("cannot start", hello["error"])
-        self._one_by_one = hello["one_by_one"]
+        self._one_by_one, self._batched = hello["one_by_one"], hello["batched"]
         return None
 
     def _ask(self, items: list, results: list[Result]) -> tuple[str, str] | None:
         """Append a result for each item as it comes. Returns what went wrong with the first one without."""
         self._process.stdin.write(json.dumps(items).encode() + b"\n")
         self._process.stdin.flush()
-        wanted = len(results) + len(items)
+        wanted, seconds = len(results) + len(items), self._timeout * (len(items) if self._batched else 1)
         while len(results) < wanted:
-            answer = self._read(self._timeout + 1)  # the child ends an async function itself, just before
+            answer = self._read(seconds + 1)  # the child ends an async function itself, just before
             if answer is None:
                 died = self._process.poll() is not None
-                return ("died", "its process ended") if died else ("timeout", f"took longer than {self._timeout} s")
+                return ("died", "its process ended") if died else ("timeout", f"took longer than {seconds} s")
             results += [tuple(result) for result in answer["results"]]
         return None
 
@@ -141,6 +141,8 @@ def _checked(value) -> Result:
         value = float(value)
     except (TypeError, ValueError):
         return None, "no number", f"returned {value!r}"
+    except OverflowError:
+        return None, "not finite", "returned an integer that is too large for a float"
     return (value, None, "") if math.isfinite(value) else (None, "not finite", f"returned {value}")
 
 
@@ -163,8 +165,10 @@ async def _together(function, items: list, options: dict, seconds: float) -> lis
 
 
 def _batch(function, items: list, options: dict) -> list[Result]:
+    """A function of all items in one call, async or not. One that takes too long is ended with its process."""
     try:
-        values = list(function(*map(list, zip(*items)), **options))
+        found = function(*map(list, zip(*items)), **options)
+        values = list(asyncio.run(found) if inspect.iscoroutine(found) else found)
     except Exception as error:  # the user's program
         return [_raised(error)] * len(items)
     if len(values) != len(items):
@@ -199,14 +203,16 @@ def main(config: RewardConfig, seconds: float) -> None:
     except Exception as error:  # importing the user's module runs it
         say({"error": f"{config.function}: {type(error).__name__}: {error}"})
         return
-    batched, is_async = getattr(function, "batched", False), inspect.iscoroutinefunction(function)
-    say({"one_by_one": not (batched or is_async)})
+    batched = bool(getattr(function, "batched", False))
+    # an object is called by its class's __call__
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    say({"one_by_one": not (batched or is_async), "batched": batched})
     for line in sys.stdin:
         items = json.loads(line)
-        if is_async:
-            say({"results": asyncio.run(_together(function, items, config.options, seconds))})
-        elif batched:
+        if batched:
             say({"results": _batch(function, items, config.options)})
+        elif is_async:
+            say({"results": asyncio.run(_together(function, items, config.options, seconds))})
         else:
             for item in items:
                 try:

@@ -160,6 +160,26 @@ def functions(tmp_path_factory):
                 if "few" in completions: return [1.0]
                 return [sum(row["value"] for row in columns)] * len(prompts)
             together.batched = True
+
+            async def awaited(prompts, completions, columns):
+                await asyncio.sleep(60 if "hang" in completions else 0)
+                return [float(len(completion)) for completion in completions]
+            awaited.batched = True
+
+            class Judge:
+                async def __call__(self, prompt, completion, columns):
+                    await asyncio.sleep(0.2)
+                    return 2.0
+            judge = Judge()
+
+            def large(prompts, completions, columns):
+                return [10**400, 10**5000] + [1.0] * (len(prompts) - 2)
+            large.batched = True
+
+            def patient(prompts, completions, columns):
+                time.sleep(0.8 * len(prompts))
+                return [1.0] * len(prompts)
+            patient.batched = True
             """
         )
     )
@@ -207,6 +227,26 @@ def test_batched_functions_get_all_and_fail_together(functions, monkeypatch):
     assert {fault for _, fault, _ in evaluate(functions, monkeypatch, "my_rewards:together", ["a", "few"])} == {
         "wrong count"
     }
+
+
+def test_batched_functions_may_be_async_and_have_the_time_of_all_their_answers(functions, monkeypatch):
+    found = evaluate(functions, monkeypatch, "my_rewards:awaited", ["a", "bb"])
+    assert found == [(1.0, None, ""), (2.0, None, "")]
+    found = evaluate(functions, monkeypatch, "my_rewards:awaited", ["a", "hang"], timeout=0.5)
+    assert found == [(None, "timeout", "took longer than 1.0 s")] * 2
+    found = evaluate(functions, monkeypatch, "my_rewards:patient", ["a"] * 4, timeout=1.0)
+    assert found == [(1.0, None, "")] * 4
+
+
+def test_an_object_that_is_called_asynchronously(functions, monkeypatch):
+    started = time.monotonic()
+    assert evaluate(functions, monkeypatch, "my_rewards:judge", ["a"] * 20) == [(2.0, None, "")] * 20
+    assert time.monotonic() - started < 3.5  # one after the other they take 4 s
+
+
+def test_a_number_too_large_for_a_float_costs_its_own_reward_alone(functions, monkeypatch):
+    found = evaluate(functions, monkeypatch, "my_rewards:large", ["a"] * 3)
+    assert [fault for _, fault, _ in found] == ["not finite", "not finite", None]
 
 
 def test_a_function_that_is_not_there_is_said(functions, monkeypatch):
