@@ -110,7 +110,7 @@ class RLConfig(Section):
     temperature: PositiveFloat = 1.0
     """Of sampling; the trainer's log-probabilities are taken at the same temperature."""
     tools: str | None = None
-    """module:function of (said, columns) that answers an assistant turn with messages, or with nothing to end: turns with tools.
+    """module:function of (said, columns) that answers an assistant turn with messages, or with nothing to end it.
 
     said: the text of the answer so far, turns of tools and role tokens in it; columns: the prompt's row.
     """

@@ -1,8 +1,8 @@
 """What an answer is worth. A reward is a Python function (prompt, completion, columns, **options) → number.
 
 prompt and completion are text, completion without the token that ended it; columns is the row the prompt came from, as it was
-read. `async def` functions run side by side; a function with `batched = True` on it, async or not, gets lists of all three and returns
-a list. Whatever a function does wrong is counted by kind, and the answer then has no reward rather than a wrong one.
+read. `async def` functions run side by side; a function with `batched = True`, async or not, gets lists of all three and
+returns a list. Whatever a function does wrong is counted by kind, and the answer then has no reward rather than a wrong one.
 """
 
 import importlib
@@ -21,7 +21,7 @@ _TURN = re.compile(r"<\|(?:assistant|user|observation|endoftext)\|>")
 
 
 def _last_turn(prompt: str, completion: str) -> tuple[str, str]:
-    """What the prompt begins each turn of the assistant with (nothing, or marks of a thought); what the model wrote in the last.
+    """What the prompt begins each assistant turn with (nothing, or marks of a thought); what the model wrote in the last.
 
     What tools said between turns is not in the completion; the tokens that ended the earlier turns are.
     """

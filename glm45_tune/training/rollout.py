@@ -112,12 +112,6 @@ class Roller:
         self.prompts = Prompts(job)
         self._workers = [Worker(reward, self._rl.reward_timeout_seconds) for reward in self._rl.rewards]
         self._tools = _function(self._rl.tools) if self._rl.tools else None
-        for sample in [*job.train.samples, *job.held_out.samples]:
-            if len(sample.input_ids) >= job.recipe.data.seq_length:
-                raise DataError(
-                    f"{sample.source}:{sample.line}: a prompt of {len(sample.input_ids)} tokens leaves no room for an answer in "
-                    f"data.seq_length {job.recipe.data.seq_length}. Raise it or shorten the prompt."
-                )
 
     def roll(self, step: int, written: list[Answer] | None = None) -> Rollout:
         """The step's answers with their rewards and advantages; `written`: its first ones, where they are written already."""
@@ -195,7 +189,7 @@ class Roller:
         return token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
 
     def _messages(self, answer: Answer) -> list[dict]:
-        """What the tools say, checked; none ends the answer. Raises UserError where their function raises or says no messages."""
+        """What the tools say, checked; nothing ends the answer. Raises UserError where the function raises or gives else."""
         name, sample = f"rl.tools {self._rl.tools}", answer.sample
         try:
             messages = self._tools(self.text(answer, whole=True), sample.row)

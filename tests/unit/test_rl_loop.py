@@ -285,7 +285,7 @@ def test_prompts_too_long_and_options_that_do_not_fit_are_said(make, place):
         make(rl={"rewards": [{"function": "regex"}]})
     with pytest.raises(RecipeError, match=r"loop_rewards:nofn\): cannot start"):
         make(rl={"rewards": [{"function": "loop_rewards:nofn"}]})
-    with pytest.raises(RecipeError, match=r"exact_match\): .*prompts.jsonl:1 has no column 'solution'; it has prompt, number"):
+    with pytest.raises(RecipeError, match=r"exact_match\): .*prompts.jsonl:1 has no column 'solution'; it has prompt"):
         make(rl={"rewards": [{"function": "exact_match"}]})
     with pytest.raises(RecipeError, match="no room for a prompt"):
         make(rl={"max_new_tokens": 160})
