@@ -50,6 +50,7 @@ TURNS = "\n<think>先问</think>\n<tool_call>get_weather\n</tool_call><|observat
         ("length", {"target": 40, "tolerance": 20}, UNFINISHED, {}, 0),
         ("format", {"thinks": False}, UNFINISHED, {}, 0),
         ("exact_match", {}, TURNS, {"solution": "21 度"}, 1),
+        ("exact_match", {}, "\n<tool_call>f\n</tool_call><|observation|>\n21 度", {"solution": "21 度"}, 1),
         ("regex", {"pattern": "21 度", "whole": True}, TURNS, {}, 1),
         ("regex", {"pattern": "get_weather|先"}, TURNS, {}, 0),
         ("math", {}, TURNS.replace("21 度", "$7$"), {"solution": "7"}, 1),
