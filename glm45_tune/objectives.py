@@ -100,7 +100,7 @@ class RLConfig(Section):
     rewards: Annotated[list[RewardConfig], Field(min_length=1)]
     """An answer's reward is the weighted sum of these."""
     reward_timeout_seconds: PositiveFloat = 10.0
-    """Longest time for one answer's reward."""
+    """Longest time for one answer's reward; a call of a batched function has it once for each of its answers."""
     on_reward_error: Literal["mask", "stop"] = "mask"
     """An answer whose reward raised, hung or was no number: leave it out of its group and of training, or stop. Both are counted."""
     engine: EngineConfig = EngineConfig()
@@ -110,7 +110,10 @@ class RLConfig(Section):
     temperature: PositiveFloat = 1.0
     """Of sampling; the trainer's log-probabilities are taken at the same temperature."""
     tools: str | None = None
-    """module:function of (messages, columns) that answers an assistant turn with messages, or with nothing to end: turns with tools."""
+    """module:function of (said, columns) that answers an assistant turn with messages, or with nothing to end it.
+
+    said: the text of the answer so far, turns of tools and role tokens in it; columns: the prompt's row.
+    """
     max_turns: Positive = 1
     """Assistant turns of an answer."""
     advantage: Literal["group", "centred", "leave_one_out"] = "group"

@@ -27,14 +27,20 @@ class PromptRenderer(ChatRenderer):
         ids = self._ids(self._templated(messages, tools, thinking, True))
         starts, _, roles = self._turns(ids, messages, tools, "assistant")
         self._check_length(len(ids))
+        longest = self.options.seq_length - 1  # an answer has a token at least
+        if len(ids) > longest and self.options.overlong == "error":
+            raise DataError(
+                f"a prompt of {len(ids)} tokens leaves no room for an answer in data.seq_length {self.options.seq_length}. "
+                "Raise it, shorten the prompt, or say with data.overlong what should become of it"
+            )
         users = [start for start, role in zip(starts, roles) if role == "user"] or starts[:1]
         whole = Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.float32), users[0], users)
-        if len(ids) <= self.options.seq_length:
+        if len(ids) <= longest:
             return [whole], Counter()
         if self.options.overlong == "split":
             raise DataError("a prompt cannot be split: data.overlong is to be error, drop or truncate")
         # only whole turns may be left out: a prompt without its end asks for nothing
-        fitting = [start for start in users if users[0] + len(ids) - start <= self.options.seq_length]
+        fitting = [start for start in users if users[0] + len(ids) - start <= longest]
         if self.options.overlong == "drop" or not fitting:
             return [], Counter(dropped=1)
         return [cut(whole, fitting[0], len(ids))], Counter(truncated=1)

@@ -110,7 +110,7 @@ class Origins:
 
 def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
     """Changes with the bytes of the files, the tokenizer, its template, and every option that shapes a sample."""
-    digest = hashlib.sha256(f"6 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
+    digest = hashlib.sha256(f"7 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
     digest.update((tokenizer.chat_template or "").encode() + tokenizer.backend_tokenizer.to_str().encode())
     for file in files:
         digest.update(f"{file}\0".encode())

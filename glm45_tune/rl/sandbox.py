@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+from glm45_tune.errors import RecipeError
 from glm45_tune.objectives import RewardConfig
 from glm45_tune.rl import rewards
 
@@ -49,11 +50,16 @@ class Worker:
                 results += [(None, kind, message)] * failed
         return results
 
+    def fault(self) -> str | None:
+        """Why its process cannot be started, None where it can."""
+        found = self._start()
+        return found and found[1]
+
     def _start(self) -> tuple[str, str] | None:
         """Start the process if it does not run. Returns why it could not."""
         if self._process is not None and self._process.poll() is None:
             return None
-        self._one_by_one = True
+        self._one_by_one, self._batched = True, False
         self._home = tempfile.TemporaryDirectory(prefix="glm45_tune_reward_")
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
         path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
@@ -71,19 +77,19 @@ class Worker:
             return ("cannot start", f"no word from its process within {START_SECONDS} s")
         if "error" in hello:
             return ("cannot start", hello["error"])
-        self._one_by_one = hello["one_by_one"]
+        self._one_by_one, self._batched = hello["one_by_one"], hello["batched"]
         return None
 
     def _ask(self, items: list, results: list[Result]) -> tuple[str, str] | None:
         """Append a result for each item as it comes. Returns what went wrong with the first one without."""
         self._process.stdin.write(json.dumps(items).encode() + b"\n")
         self._process.stdin.flush()
-        wanted = len(results) + len(items)
+        wanted, seconds = len(results) + len(items), self._timeout * (len(items) if self._batched else 1)
         while len(results) < wanted:
-            answer = self._read(self._timeout + 1)  # the child ends an async function itself, just before
+            answer = self._read(seconds + 1)  # the child ends an async function itself, just before
             if answer is None:
                 died = self._process.poll() is not None
-                return ("died", "its process ended") if died else ("timeout", f"took longer than {self._timeout} s")
+                return ("died", "its process ended") if died else ("timeout", f"took longer than {seconds} s")
             results += [tuple(result) for result in answer["results"]]
         return None
 
@@ -112,11 +118,31 @@ class Worker:
             self._home.cleanup()
 
 
+def check_functions(configs: list[RewardConfig]) -> None:
+    """Start every function that is not built in once. Raises RecipeError where one is not there or cannot be called so."""
+    for number, config in enumerate(configs):
+        if config.function in rewards.FUNCTIONS:
+            continue
+        worker = Worker(config, START_SECONDS)
+        try:
+            fault = worker.fault()
+        finally:
+            worker.close()
+        if fault:
+            said = fault.removeprefix(f"{config.function}: ")
+            raise RecipeError(
+                f"rl.rewards[{number}] ({config.function}): cannot start: {said}. A function (prompt, completion, columns, "
+                f"**options) is expected, of a module in {os.getcwd()} or on PYTHONPATH."
+            )
+
+
 def _checked(value) -> Result:
     try:
         value = float(value)
     except (TypeError, ValueError):
         return None, "no number", f"returned {value!r}"
+    except OverflowError:
+        return None, "not finite", "returned an integer that is too large for a float"
     return (value, None, "") if math.isfinite(value) else (None, "not finite", f"returned {value}")
 
 
@@ -139,13 +165,26 @@ async def _together(function, items: list, options: dict, seconds: float) -> lis
 
 
 def _batch(function, items: list, options: dict) -> list[Result]:
+    """A function of all items in one call, async or not. One that takes too long is ended with its process."""
     try:
-        values = list(function(*map(list, zip(*items)), **options))
+        found = function(*map(list, zip(*items)), **options)
+        values = list(asyncio.run(found) if inspect.iscoroutine(found) else found)
     except Exception as error:  # the user's program
         return [_raised(error)] * len(items)
     if len(values) != len(items):
         return [(None, "wrong count", f"returned {len(values)} rewards for {len(items)} answers")] * len(items)
     return [_checked(value) for value in values]
+
+
+def _check_call(function: object, options: dict) -> None:
+    """Raises TypeError where a reward cannot be asked of it."""
+    if not callable(function):
+        raise TypeError(f"is {function!r}, which is no function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some that are written in C tell nobody what they take
+        return
+    signature.bind("", "", {}, **options)
 
 
 def main(config: RewardConfig, seconds: float) -> None:
@@ -160,17 +199,20 @@ def main(config: RewardConfig, seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     try:
         function = rewards.load(config.function)
+        _check_call(function, config.options)
     except Exception as error:  # importing the user's module runs it
         say({"error": f"{config.function}: {type(error).__name__}: {error}"})
         return
-    batched, is_async = getattr(function, "batched", False), inspect.iscoroutinefunction(function)
-    say({"one_by_one": not (batched or is_async)})
+    batched = bool(getattr(function, "batched", False))
+    # an object is called by its class's __call__
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    say({"one_by_one": not (batched or is_async), "batched": batched})
     for line in sys.stdin:
         items = json.loads(line)
-        if is_async:
-            say({"results": asyncio.run(_together(function, items, config.options, seconds))})
-        elif batched:
+        if batched:
             say({"results": _batch(function, items, config.options)})
+        elif is_async:
+            say({"results": asyncio.run(_together(function, items, config.options, seconds))})
         else:
             for item in items:
                 try:

@@ -38,7 +38,7 @@ class NonFinite:
 
 
 def _lines(job: Job) -> Iterable[str]:
-    """The last step's samples, as they were trained: which packed row, where from, text, tokens and weights."""
+    """The last step's samples, as they were trained: which row of `Job.last_rows`, where from, text, tokens and weights."""
     tokenizer = load_tokenizer(job.recipe.model.path)
     for number, row in enumerate(job.last_rows):
         for sample in row:

@@ -113,7 +113,12 @@ class Preference:
         return loss, {name: value * self._trainer.reports_row for name, value in numbers.items()}
 
     def _metrics(self, sums: dict[str, float], members: list[Sample], divergence: float) -> dict[str, float]:
-        means = {name: total / (len(members) // 2) for name, total in sums.items() if name != "loss"}
+        # no router is told its experts here, so what became of that is no number of ours
+        means = {
+            name: total / (len(members) // 2)
+            for name, total in sums.items()
+            if name != "loss" and not name.startswith("routes_")
+        }
         if not self._options.sft_weight:
             del means["cross_entropy"]
         means["margin"] = means["chosen_reward"] - means["rejected_reward"]

@@ -16,7 +16,8 @@ from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
 from glm45_tune.recipe import Recipe
-from glm45_tune.rl.rewards import check_rewards
+from glm45_tune.rl.rewards import check_columns, check_rewards
+from glm45_tune.rl.sandbox import check_functions
 from glm45_tune.training import run_directory
 from glm45_tune.training.metrics import check_trackers
 
@@ -45,7 +46,7 @@ class Job:
     card: Card | None = None
     """What each rank runs on, known when they have joined."""
     last_rows: list[list[Sample]] = field(default_factory=list)
-    """Those of the last step that was asked for."""
+    """Those of the last step that was asked for; of reinforcement learning its answers, one a row."""
 
     @property
     def run(self) -> Path:
@@ -94,6 +95,7 @@ def prepare(recipe: Recipe) -> Job:
     if is_first:
         run_directory.check_ours(recipe)
         run_directory.check_disk(recipe, source)
+        check_functions(recipe.rl.rewards if recipe.rl else [])
     tokenizer = load_tokenizer(recipe.model.path)
     stream, kind = None, kind_for(recipe)
     if recipe.data.streaming:
@@ -101,6 +103,8 @@ def prepare(recipe: Recipe) -> Job:
         corpus = stream.seen
     else:
         corpus, held_out = load_data(recipe.data, tokenizer, train.seed, kind)
+    if recipe.rl:
+        _check_prompts(recipe, corpus, held_out)
     facts = run_directory.facts_of(recipe, source, corpus) if is_first else {}
     if is_first:
         run_directory.check_same(recipe, facts)
@@ -142,3 +146,9 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
             f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
             f"{share * layout.microbatch_multiple}."
         )
+
+
+def _check_prompts(recipe: Recipe, *corpora: Corpus) -> None:
+    """Raise RecipeError where the first prompt lacks what a reward needs."""
+    for first in (corpus.samples[0] for corpus in corpora if len(corpus.samples)):
+        check_columns(recipe.rl.rewards, first.row, f"{first.source}:{first.line}")

@@ -1,6 +1,7 @@
 """A rollout: the next prompts, a group of answers to each, what each answer is worth, and what it was worth beside its group."""
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from glm45_tune.data.chat import Sample
+from glm45_tune.data.chat import Sample, check_messages
 from glm45_tune.errors import DataError, UserError
 from glm45_tune.rl.advantages import advantages, equal_groups, overlong_penalties
 from glm45_tune.rl.engine import Completion, Request
@@ -111,12 +112,6 @@ class Roller:
         self.prompts = Prompts(job)
         self._workers = [Worker(reward, self._rl.reward_timeout_seconds) for reward in self._rl.rewards]
         self._tools = _function(self._rl.tools) if self._rl.tools else None
-        for sample in [*job.train.samples, *job.held_out.samples]:
-            if len(sample.input_ids) >= job.recipe.data.seq_length:
-                raise DataError(
-                    f"{sample.source}:{sample.line}: a prompt of {len(sample.input_ids)} tokens leaves no room for an answer in "
-                    f"data.seq_length {job.recipe.data.seq_length}. Raise it or shorten the prompt."
-                )
 
     def roll(self, step: int, written: list[Answer] | None = None) -> Rollout:
         """The step's answers with their rewards and advantages; `written`: its first ones, where they are written already."""
@@ -178,18 +173,42 @@ class Roller:
 
     def _hear(self, answer: Answer) -> list[int]:
         """What the tools say to an answer's last turn, as the tokens that follow it in the conversation; nothing ends it."""
-        messages = self._tools(self.text(answer, whole=True), answer.sample.row)
+        messages = self._messages(answer)
         if not messages:
             return []
         tokenizer = self._job.tokenizer
+        thinking = answer.sample.row.get("enable_thinking", self._job.recipe.data.enable_thinking)
+        options = {"tokenize": False} if thinking is None else {"tokenize": False, "enable_thinking": thinking}
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        start = tokenizer.apply_chat_template(before, tokenize=False)
-        whole = tokenizer.apply_chat_template(before + messages, tokenize=False, add_generation_prompt=True)
+        start = tokenizer.apply_chat_template(before, **options)
+        whole = tokenizer.apply_chat_template(before + messages, add_generation_prompt=True, **options)
         if not whole.startswith(start):
             raise UserError(f"{self._rl.tools}: the template cannot render {messages} behind an answer.")
         token_ids = tokenizer.encode(whole[len(start) :], add_special_tokens=False)
         # the model wrote the role token itself
         return token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
+
+    def _messages(self, answer: Answer) -> list[dict]:
+        """What the tools say, checked; nothing ends the answer. Raises UserError where the function raises or gives else."""
+        name, sample = f"rl.tools {self._rl.tools}", answer.sample
+        try:
+            messages = self._tools(self.text(answer, whole=True), sample.row)
+        except Exception as error:  # the user's program
+            fault = f"raised {type(error).__name__}: {error}"
+            raise UserError(f"{name}: {fault}, asked about {sample.source}:{sample.line}. Catch it, or mend it.") from error
+        wanted = 'a list of messages, such as [{"role": "tool", "content": "text"}], or None is expected'
+        if not messages:
+            return []
+        if inspect.iscoroutine(messages):
+            messages.close()
+            raise UserError(f"{name}: is an async function; {wanted} of a plain one.")
+        if not isinstance(messages, list):
+            raise UserError(f"{name}: returned {type(messages).__name__} {str(messages)[:80]!r}; {wanted}.")
+        try:
+            checked = check_messages({"messages": messages})
+        except DataError as error:
+            raise UserError(f"{name}: returned what is no list of messages: {error}; {wanted}.") from None
+        return [{key: value for key, value in message.items() if key != "weight"} for message in checked]
 
     def text(self, answer: Answer, whole: bool = False) -> str:
         """What the model wrote (whole: and what it heard), without the token that ended it."""

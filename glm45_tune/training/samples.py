@@ -1,11 +1,14 @@
 """What the model writes to a few of the data's prompts, before the first step and after the last: for the report."""
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch.distributed as dist
 
 from glm45_tune.data.chat import Sample
+from glm45_tune.data.sources import RENDERERS
 from glm45_tune.mcore.generate import Writer
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.rl.engine import Request
@@ -21,9 +24,7 @@ class Samples:
 
     def __init__(self, job: Job, trainer: Trainer):
         self._job, self._trainer = job, trainer
-        source = job.held_out.samples or job.train.samples
-        count = min(job.recipe.logging.num_samples, len(source))
-        cut = [_cut(source[number]) for number in range(count)]
+        cut = map(_cut, islice(_wanted(job), job.recipe.logging.num_samples))
         self._cuts = [(prompt, wanted) for prompt, wanted in cut if 0 < len(prompt) <= _LONGEST_PROMPT]
 
     def write(self, step: int) -> None:
@@ -44,6 +45,15 @@ class Samples:
                         "wanted": decode(wanted),
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _wanted(job: Job) -> Iterator[Sample]:
+    """Samples whose answers are wanted, in order: of pairs the chosen ones, of labelled answers the desirable ones."""
+    source = job.held_out.samples or job.train.samples
+    for number in range(0, len(source), RENDERERS[job.kind].per_row):  # a pair's chosen answer comes first
+        sample = source[number]
+        if job.kind != "labelled" or sample.row["label"]:
+            yield sample
 
 
 def _cut(sample: Sample) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig, Recipe
 from glm45_tune.training import loop
 from glm45_tune.training.prepare import prepare
+from glm45_tune.training.samples import Samples
 
 Q, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
@@ -60,6 +61,17 @@ def test_what_is_judged_is_the_answer_behind_the_last_question(tokenizer, row, t
     (sample,) = LabelledRenderer(tokenizer, DataConfig(train="x")).render(row | {"label": label}, "x", 1).samples
     assert sample.row == {"label": label}
     assert tokenizer.decode(sample.input_ids[sample.loss_mask > 0].tolist()) == trained
+
+
+def test_sample_texts_want_desirable_and_chosen_answers_alone(job):
+    def wanted(rows):
+        made = job(rows, logging={"num_samples": 3})
+        return [made.tokenizer.decode(answer).removesuffix("<|user|>").strip() for _, answer in Samples(made, None)._cuts]
+
+    labelled = [{"prompt": "q", "completion": f"a{n}", "label": n % 2 == 1} for n in range(8)]
+    assert wanted(labelled) == ["a1", "a3", "a5"]
+    assert wanted(labelled[:3]) == ["a1"]
+    assert wanted([{"prompt": "q", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(5)]) == ["yes 0", "yes 1", "yes 2"]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,22 @@ def test_an_overlong_prompt_loses_whole_old_turns_only(tokenizer):
     assert not rendering.samples and rendering.counts == {"dropped": 1}
 
 
+@pytest.mark.parametrize("policy", ["error", "drop", "truncate"])
+def test_a_prompt_that_fills_its_row_leaves_no_room_for_an_answer(tokenizer, policy):
+    def rendering(seq_length):
+        made = PromptRenderer(tokenizer, options(format="rl", seq_length=seq_length, overlong=policy))
+        return made.render({"prompt": "x" * 20}, "x", 1)
+
+    (sample,) = rendering(100).samples
+    count = len(sample.input_ids)
+    assert len(rendering(count + 1).samples) == 1
+    if policy == "error":
+        with pytest.raises(DataError, match=f"x:1: a prompt of {count} tokens leaves no room for an answer"):
+            rendering(count)
+    else:
+        assert not rendering(count).samples and rendering(count).counts == {"dropped": 1}
+
+
 @pytest.mark.parametrize(
     "row, words",
     [

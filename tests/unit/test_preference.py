@@ -76,6 +76,7 @@ def test_the_first_step_starts_from_the_reference_and_the_next_ones_learn(train,
     assert steps[0]["preference/margin"] == 0 and steps[0]["preference/accuracy"] == 0
     assert steps[-1]["train/loss"] < steps[0]["train/loss"] and steps[-1]["preference/margin"] > 0
     assert steps[-1]["preference/accuracy"] > 0.5 and "eval/accuracy" in steps[-1]
+    assert not any("routes" in name for step in steps for name in step)
 
 
 def test_log_probabilities_and_the_sft_term_are_those_of_each_pair_alone(train, checkpoints, pairs, make_recipe, tmp_path):

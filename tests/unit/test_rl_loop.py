@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch
 
 from glm45_tune.errors import DataError, RecipeError, UserError
 from glm45_tune.recipe import Recipe
+from glm45_tune.rl.engine import Completion
 from glm45_tune.rl.losses import answer_weights
 from glm45_tune.training import loop
+from glm45_tune.training.nonfinite import NonFinite
 from glm45_tune.training.policy import PolicyGradient
 from glm45_tune.training.prepare import prepare
+from glm45_tune.training.rollout import Answer, Roller
 
 LORA = {"lora": {"r": 4, "target_modules": "all-linear"}}
 REWARDS = """
@@ -34,6 +38,15 @@ def oddly(prompt, completion, columns):
 
 def tools(completion, columns):
     return [{"role": "tool", "content": "21 度"}] if "度" not in completion else None
+
+def tool_raises(said, columns):
+    raise ValueError("no such city")
+
+def tool_text(said, columns): return "21 度"
+def tool_message(said, columns): return {"role": "tool", "content": "21 度"}
+def tool_number(said, columns): return [{"role": "tool", "content": 21}]
+def tool_words(said, columns): return ["21 度"]
+async def tool_later(said, columns): return None
 """
 
 
@@ -190,6 +203,15 @@ def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stop
         loop.run(make("stops", **sections))
 
 
+def test_the_batch_of_a_step_that_is_not_finite_is_its_answers(make, capsys):
+    job = make(train={"steps": 1})
+    run(job)
+    NonFinite(job, 0, writes=True).see(1, {"is_skipped": True, "train/loss": math.nan, "train/grad_norm": math.nan})
+    lines = [json.loads(line) for line in (job.run / "nonfinite" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(lines) == 16 and all(line["source"].endswith("prompts.jsonl") and "个问题" in line["text"] for line in lines)
+    assert all(0 < sum(line["loss_mask"]) <= 12 and len(line["input_ids"]) == len(line["loss_mask"]) for line in lines)
+
+
 def test_groups_of_equal_rewards_teach_nothing_and_dynamic_sampling_replaces_them(make):
     (step,) = run(make(rl={"rewards": [{"function": "loop_rewards:same"}]}, train={"steps": 1}))
     assert step["rl/equal_groups_share"] == 1 and step["train/grad_norm"] == 0
@@ -224,9 +246,47 @@ def test_turns_with_tools_train_what_the_model_wrote_alone(make):
     method.close()
 
 
+def heard_by(job, said="杭州<|observation|>", **row) -> str:
+    """What follows an answer in the conversation; row: columns over its prompt's."""
+    sample = job.train.samples[0]
+    answer = Answer(replace(sample, row=sample.row | row), 0, sample.input_ids.tolist())
+    ids = job.tokenizer.encode(said, add_special_tokens=False)
+    answer.extend(Completion(ids, [0.0] * len(ids), "stop", 0))
+    return job.tokenizer.decode(Roller(job, None)._hear(answer))
+
+
+def test_later_turns_think_as_the_first_was_asked_to(make):
+    tools = {"tools": "loop_rewards:tools", "max_turns": 2}
+    on, off = make("on", rl=tools), make("off", rl=tools, data={"enable_thinking": False})
+    turn, closed = "\n<tool_response>\n21 度\n</tool_response><|assistant|>", "\n<think></think>"
+    assert heard_by(on) == heard_by(off, enable_thinking=True) == turn
+    assert heard_by(off) == heard_by(on, enable_thinking=False) == turn + closed
+    assert heard_by(on, "21 度<|user|>") == ""
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("tool_raises", "raised ValueError: no such city, asked about .*prompts.jsonl:1"),
+        ("tool_text", "returned str '21 度'; a list of messages"),
+        ("tool_message", "returned dict .*; a list of messages"),
+        ("tool_number", r"returned what is no list of messages: messages\[0\].content is int"),
+        ("tool_words", r"returned what is no list of messages: messages\[0\] is str"),
+        ("tool_later", "is an async function"),
+    ],
+)  # fmt: skip
+def test_what_a_tool_wrongly_does_is_said(make, name, said):
+    with pytest.raises(UserError, match=f"rl.tools loop_rewards:{name}: {said}"):
+        heard_by(make(rl={"tools": f"loop_rewards:{name}", "max_turns": 2}))
+
+
 def test_prompts_too_long_and_options_that_do_not_fit_are_said(make, place):
     with pytest.raises(RecipeError, match=r"regex.*pattern"):
         make(rl={"rewards": [{"function": "regex"}]})
+    with pytest.raises(RecipeError, match=r"loop_rewards:nofn\): cannot start"):
+        make(rl={"rewards": [{"function": "loop_rewards:nofn"}]})
+    with pytest.raises(RecipeError, match=r"exact_match\): .*prompts.jsonl:1 has no column 'solution'; it has prompt"):
+        make(rl={"rewards": [{"function": "exact_match"}]})
     with pytest.raises(RecipeError, match="no room for a prompt"):
         make(rl={"max_new_tokens": 160})
     with pytest.raises(RecipeError, match="kl_coef needs lora"):
