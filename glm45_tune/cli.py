@@ -229,7 +229,9 @@ def plan(
     if sbatch and (search or as_json):
         raise UserError("plan: --sbatch prints a script; leave --search and --json out.")
     if minutes and not sbatch:
-        raise UserError(f"plan: --minutes {minutes} is the time limit of --sbatch's script; give --sbatch too, or leave it out.")
+        raise UserError(
+            f"plan: --minutes {minutes} is the time limit of --sbatch's script; give --sbatch too, or leave it out."
+        )
     from glm45_tune.plan import command
 
     request = command.Request(recipe, overrides or [], gpu, gpus, gpus_per_node, document_tokens, tokens, minutes)

@@ -81,7 +81,9 @@ def load_questions(path: str) -> list[Question]:
             if answer["role"] != "assistant" or not messages:
                 raise DataError("the last message must be the assistant's answer to a question before it")
             if not answer["weight"]:
-                raise DataError("the last message, the answer wanted, has loss false or loss_scale 0. Leave out that, or the row")
+                raise DataError(
+                    "the last message, the answer wanted, has loss false or loss_scale 0. Leave out that, or the row"
+                )
             calls = [call["function"] for call in answer.get("tool_calls", [])]
             json.dumps(found, ensure_ascii=False, default=str).encode()
             thinking = found.get("enable_thinking")

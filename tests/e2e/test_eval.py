@@ -177,7 +177,10 @@ def test_a_row_is_asked_as_it_says_unless_the_command_says_more(checkpoints, tmp
 
     prompts, scores = [], []
     monkeypatch.setattr(ChatModel, "generate", lambda self, asked, most: [prompts.append(p) or Answer("") for p in asked])
-    files = [written(tmp_path / f"{n}.jsonl", {"messages": [Q, A]} | more) for n, more in enumerate(({}, {"enable_thinking": False}))]
+    files = [
+        written(tmp_path / f"{n}.jsonl", {"messages": [Q, A]} | more)
+        for n, more in enumerate(({}, {"enable_thinking": False}))
+    ]
     for file in files:
         for flag in ((), ("--think",), ("--no-think",)):
             code, out, err = cli("eval", checkpoints["air"], "--data", file, *flag, "--json")

@@ -71,7 +71,11 @@ def test_sample_texts_want_desirable_and_chosen_answers_alone(job):
     labelled = [{"prompt": "q", "completion": f"a{n}", "label": n % 2 == 1} for n in range(8)]
     assert wanted(labelled) == ["a1", "a3", "a5"]
     assert wanted(labelled[:3]) == ["a1"]
-    assert wanted([{"prompt": "q", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(5)]) == ["yes 0", "yes 1", "yes 2"]
+    assert wanted([{"prompt": "q", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(5)]) == [
+        "yes 0",
+        "yes 1",
+        "yes 2",
+    ]
 
 
 @pytest.mark.parametrize(
