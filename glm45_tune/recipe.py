@@ -250,7 +250,7 @@ class TrainConfig(Section):
     last checkpoint, where the weights still fit; or set the earlier run aside, beside this one, and begin anew.
     """
     max_skipped_steps: Positive = 5
-    """A step whose loss or gradient is not finite updates nothing; after so many in a row the run ends."""
+    """Steps in a row whose loss or gradient is not finite, or whose answers all lack a reward, after which the run ends."""
     distributed_timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """How long a rank may take over one pass, an update or a load before the run ends and says which rank hangs, and where."""
     recompute_granularity: Literal["auto", "full", "selective"] | None = None

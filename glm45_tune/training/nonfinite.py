@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not finite: left out, counted, and too many in a row end the run, with the batch to look at."""
+"""Steps whose loss or gradient is not finite, or whose answers all lack a reward: left out, counted, and too many in a row end the
+
+run, with the batch to look at.
+"""
 
 import json
 import sys
@@ -18,12 +21,14 @@ class NonFinite:
 
     def see(self, step: int, values: dict[str, float]) -> None:
         """step: from 1. Raises StoppedError after `train.max_skipped_steps` in a row."""
-        if not values.pop("is_skipped", False):
+        unpaid = values.get("rl/answers", 0) > 0 and values["rl/without_reward"] == values["rl/answers"]
+        if not values.pop("is_skipped", False) and not unpaid:
             self._in_a_row = 0
             return
         self.count, self._in_a_row = self.count + 1, self._in_a_row + 1
         values["train/skipped_steps"] = self.count
         what = f"loss {values['train/loss']}, gradient norm {values['train/grad_norm']}"
+        what = f"none of its {values['rl/answers']:.0f} answers got a reward" if unpaid else what
         path = self._job.run / "nonfinite" / f"step_{step:06d}.jsonl"
         if self._writes:
             print(f"step {step} is left out: {what}; its batch is in {path}.", file=sys.stderr, flush=True)
@@ -31,9 +36,12 @@ class NonFinite:
             path.write_text("".join(_lines(self._job)), encoding="utf-8")
         limit = self._job.recipe.train.max_skipped_steps
         if self._in_a_row >= limit:
+            fault, advice = "loss or gradient was not finite", "lower optimizer.lr, or look at that data"
+            if unpaid:
+                fault, advice = "no answer got a reward", "mend what the reward says above"
             raise StoppedError(
-                f"loss or gradient was not finite in {limit} steps in a row, up to step {step} ({what}; train.max_skipped_steps). "
-                f"Its batch is in {path}. Weights and checkpoints are those before; lower optimizer.lr, or look at that data."
+                f"{fault} in {limit} steps in a row, up to step {step} ({what}; train.max_skipped_steps). "
+                f"Its batch is in {path}. Weights and checkpoints are those before; {advice}."
             )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm45_tune.errors import DataError, RecipeError, UserError
+from glm45_tune.errors import DataError, RecipeError, StoppedError, UserError
 from glm45_tune.recipe import Recipe
 from glm45_tune.rl.engine import Completion
 from glm45_tune.rl.losses import answer_weights
@@ -32,6 +32,9 @@ def same(prompt, completion, columns):
 def sometimes(prompt, completion, columns):
     if len(completion) % 2: raise ValueError("an odd answer")
     return evens(prompt, completion, columns)
+
+def never(prompt, completion, columns):
+    raise ConnectionError("no judge at this address")
 
 def oddly(prompt, completion, columns):
     return float(columns["number"] % 2) * evens(prompt, completion, columns)
@@ -201,6 +204,16 @@ def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stop
     sections["rl"]["on_reward_error"] = "stop"
     with pytest.raises(UserError, match="sometimes: raised for .* of 32 answers: ValueError: an odd answer"):
         loop.run(make("stops", **sections))
+
+
+def test_a_reward_that_fails_for_every_answer_ends_the_run(make, capsys):
+    """In one step it may be the answers; in several it is the function, or what it asks."""
+    sections = {"rl": {"rewards": [{"function": "loop_rewards:never"}]}, "train": {"steps": 9, "max_skipped_steps": 2}}
+    job = make(**sections)
+    with pytest.raises(StoppedError, match="no answer got a reward in 2 steps in a row, up to step 2 .*max_skipped_steps"):
+        loop.run(job)
+    said = capsys.readouterr().err
+    assert "step 1 is left out: none of its 16 answers got a reward" in said and "ConnectionError: no judge" in said
 
 
 def test_the_batch_of_a_step_that_is_not_finite_is_its_answers(make, capsys):
