@@ -1,10 +1,10 @@
 """Memory and step time that `plan` predicts, against the allocator's peak and the clock. One NVIDIA card, or two for a few more:
 
-    python scripts/bench_memory.py [--output FILE.json] [--only NAME …] [--dry]
+    python scripts/bench_memory.py [--output FILE.json] [--only NAME …] [--dry [CARD]]
 
 Each setting is a process of its own: an Air-width model of a few layers with random weights, built by the Trainer that trains,
 takes three steps on packed rows. Printed: predicted and measured peak, their ratio, and the same of a step's seconds, as a
-markdown table; --output also writes JSON. Without a card, or with --dry, only the predictions are printed.
+markdown table; --output also writes JSON. Without a card, or with --dry, only the predictions are printed, of an H200 or the card named.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import CARDS, Card, card_named
 from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.plan.models import find_spec
+from glm45_tune.plan.rates import MEASURED_CARD
 from glm45_tune.plan.timing import step_seconds
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
@@ -210,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--dry", action="store_true", help="predictions alone")
+    parser.add_argument("--dry", nargs="?", const=MEASURED_CARD, choices=CARDS, help="predictions alone, of this card")
     parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -222,12 +223,12 @@ def main() -> None:
         if card and SETTINGS[name].layout.world_size > count:
             print(f"{name}: needs {SETTINGS[name].layout.world_size} cards, left out", file=sys.stderr)
             continue
-        row = {"setting": name, **predict(SETTINGS[name], card or CARDS["h100"])}
+        row = {"setting": name, **predict(SETTINGS[name], card or CARDS[arguments.dry or MEASURED_CARD])}
         if card:
             row |= run(SETTINGS[name])
             print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
-    print(f"{card.name if card else 'no card measured; seconds are of an h100'}\n\n{table(rows)}")
+    print(f"{card.name if card else f'no card measured; seconds are of an {arguments.dry or MEASURED_CARD}'}\n\n{table(rows)}")
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

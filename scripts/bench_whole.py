@@ -6,7 +6,7 @@ Expert parallel over all ranks, or over `--expert-parallel` of them. Every rank 
 of log-normal lengths, or one document; of each its end, a share of `--trained`, is what counts. `--recompute-layers auto` takes what
 a run with `recompute_granularity: auto` would. `--full` trains all weights, their optimizer state in bf16 on the host. `--like tiny`
 runs the same on CPU ranks. `--profile` also prints where one step's GPU time goes, and how much of a step of one row a rank lies
-outside the layers. The planner's memory and step stand beside the measured.
+outside the layers. The planner's memory and step stand beside the measured; `--plan CARD` prints them alone.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from glm45_tune.layout import Layout, ranks_here
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
+from glm45_tune.plan.cards import CARDS
 from glm45_tune.plan.planner import Hardware
 from glm45_tune.recipe import Recipe
 from glm45_tune.training.card import this_card
@@ -100,10 +101,10 @@ def teraflop(spec, batch: Batch, full: bool) -> float:
     return ((6 if full else 4) * products + spec.num_layers * 3.5 * 4 * pairs * head) / 1e12
 
 
-def hardware_of(batches) -> Hardware:
-    """This card and these documents, as a run would tell the planner of them."""
+def hardware_of(batches, card: str | None) -> Hardware:
+    """This card, or one that is named, and these documents, as a run would tell the planner of them."""
     lengths = np.concatenate([np.diff(batch.bounds) for batch in batches]).astype(float)
-    return Hardware(this_card(), dist.get_world_size(), ranks_here(), (lengths**2).sum() / lengths.sum())
+    return Hardware(CARDS[card] if card else this_card(), dist.get_world_size(), ranks_here(), (lengths**2).sum() / lengths.sum())
 
 
 def planned(found: planner.Plan) -> str:
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--expert-parallel", type=int, help="ranks that share the experts; all by default")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--plan", choices=CARDS, help="build nothing: what the planner says of this card")
     arguments = parser.parse_args()
     spec = {"air": AIR, "tiny": TINY}[arguments.like]
     targets = arguments.targets if arguments.targets == "all-linear" else arguments.targets.split(",")
@@ -204,8 +206,14 @@ def main() -> None:
     batches = [
         row_of(arguments.tokens, is_packed, spec.vocab_size, seed + n, arguments.trained) for n in range(arguments.rows)
     ]
-    hardware = hardware_of(batches)
+    hardware = hardware_of(batches, arguments.plan)
     recipe = planner.with_recompute(spec, recipe, layout, runtime.stage(), hardware)
+    if arguments.plan:
+        if dist.get_rank() == 0:
+            print(planned(planner.plan(spec, recipe, layout, hardware)))
+        runtime.barrier()
+        runtime.stop()
+        return
     begin = time.perf_counter()
     trainer = Trainer(recipe, layout, RandomWeights(spec))
     built = time.perf_counter() - begin
