@@ -228,7 +228,9 @@ def main() -> None:
             row |= run(SETTINGS[name])
             print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
-    print(f"{card.name if card else f'no card measured; seconds are of an {arguments.dry or MEASURED_CARD}'}\n\n{table(rows)}")
+    print(
+        f"{card.name if card else f'no card measured; seconds are of an {arguments.dry or MEASURED_CARD}'}\n\n{table(rows)}"
+    )
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

@@ -104,7 +104,9 @@ def teraflop(spec, batch: Batch, full: bool) -> float:
 def hardware_of(batches, card: str | None) -> Hardware:
     """This card, or one that is named, and these documents, as a run would tell the planner of them."""
     lengths = np.concatenate([np.diff(batch.bounds) for batch in batches]).astype(float)
-    return Hardware(CARDS[card] if card else this_card(), dist.get_world_size(), ranks_here(), (lengths**2).sum() / lengths.sum())
+    return Hardware(
+        CARDS[card] if card else this_card(), dist.get_world_size(), ranks_here(), (lengths**2).sum() / lengths.sum()
+    )
 
 
 def planned(found: planner.Plan) -> str:
