@@ -37,7 +37,10 @@ def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
 
 
 def cut(tokens: Tokens, first: int, last: int) -> Tokens:
-    """The head and the tokens [first, last). The role token that begins a turn is trained for the answer before it, which is not there."""
+    """The head and the tokens [first, last). The role token that begins a turn is trained for the answer before it, which
+
+    is not there.
+    """
     ids, mask = (np.concatenate((x[: tokens.head], x[first:last])) for x in (tokens.ids, tokens.mask))
     if tokens.head < first < last and first in tokens.turns:
         mask[tokens.head] = 0

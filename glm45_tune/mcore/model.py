@@ -234,8 +234,8 @@ class GLM45Model(HybridModel):
 
         num_padding: tokens at the end that are no data; share: this context rank's part of the row (see `data/batch.py`); cache:
         of a model that writes, what stands before the tokens (`mcore/generate.py`); counted: see `Batch.counted`.
-        Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T], 0 where none is counted. Without labels: the logits
-        [T, words of this tensor rank]. Other stages: hidden states for the next one.
+        Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T], 0 where none is counted. Without
+        labels: the logits [T, words of this tensor rank]. Other stages: hidden states for the next one.
         """
         rotary = rotary_table(positions, self.spec.kv_channels, self.spec.rotary_percent, self.spec.rotary_base)
         row = PackedRow(bounds, tokens.device, share, labels, cache)

@@ -168,7 +168,8 @@ class Trainer:
     def log_probabilities(self, batches: list[Batch], with_adapter: bool = True) -> list[torch.Tensor]:
         """Of each token of each batch given those before it, where it is predicted: float32 [T], whole rows, on the host.
 
-        0 where the batch's weight is. Right on a pipeline's last stage, 0 on the others. with_adapter: False asks the model under the LoRA adapter.
+        0 where the batch's weight is. Right on a pipeline's last stage, 0 on the others. with_adapter: False asks the model
+        under the LoRA adapter.
         """
         for chunk in self._wrapped:
             chunk.eval()

@@ -169,7 +169,7 @@ def functions(tmp_path_factory):
 
             class Judge:
                 async def __call__(self, prompt, completion, columns):
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(1)
                     return 2.0
             judge = Judge()
 
@@ -242,7 +242,7 @@ def test_batched_functions_may_be_async_and_have_the_time_of_all_their_answers(f
 def test_an_object_that_is_called_asynchronously(functions, monkeypatch):
     started = time.monotonic()
     assert evaluate(functions, monkeypatch, "my_rewards:judge", ["a"] * 20) == [(2.0, None, "")] * 20
-    assert time.monotonic() - started < 3.5  # one after the other they take 4 s
+    assert time.monotonic() - started < 15  # one after the other they take 20 s
 
 
 def test_a_number_too_large_for_a_float_costs_its_own_reward_alone(functions, monkeypatch):

@@ -100,9 +100,8 @@ def test_no_piece_is_too_long_and_split_loses_nothing(head, turns, limit, policy
         trained = [token for piece in pieces for token, counts in zip(piece.ids, piece.mask) if counts]
         assert {token for piece in pieces for token in piece.ids[head:]} == {*range(head, total)}
         assert len(trained) == len(set(trained))
-        full = {
-            piece.ids[-1] + 1 for piece in pieces if len(piece.ids) == limit
-        }  # no room for the token that ends the answer
+        # no room for the token that ends the answer
+        full = {piece.ids[-1] + 1 for piece in pieces if len(piece.ids) == limit}
         assert set(range(head, total)) - set(trained) <= full.intersection(starts[1:])
         assert not any(piece.mask[head] for piece in pieces if piece.ids[head] in starts[1:])
     else:
