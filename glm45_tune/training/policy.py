@@ -39,10 +39,11 @@ class PolicyGradient:
         started = time.perf_counter()
         rollout, sync_seconds = self._rollout_ahead(step) if self._ahead else self._rollout(step)
         rolled = time.perf_counter()
-        job.last_rows = [[_sample(answer, _trains(answer, self._rl.mask_truncated))] for answer in rollout.answers]
+        trains = [_trains(answer, self._rl.mask_truncated) for answer in rollout.answers]
+        job.last_rows = [[_sample(answer, is_trained)] for answer, is_trained in zip(rollout.answers, trains)]
         lr = learning_rate_of(job.recipe, step, job.num_steps)
-        # where no group was left to learn from, the optimizer makes a step of length 0
-        results = self._update(rollout.answers, lr if rollout.answers else 0.0)
+        # where no answer was left to learn from, the optimizer makes a step of length 0: its momentum would move the weights
+        results = self._update(rollout.answers, lr if any(trains) else 0.0)
         trained = time.perf_counter()
         self._keep_samples(step, rollout.answers)
         return {

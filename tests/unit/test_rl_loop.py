@@ -206,6 +206,29 @@ def test_a_reward_that_fails_is_counted_and_its_answers_left_out_or_the_run_stop
         loop.run(make("stops", **sections))
 
 
+def test_a_step_without_a_reward_moves_nothing(make, monkeypatch):
+    """Nor does the optimizer's momentum of the steps before it."""
+    job, seen = make(train={"steps": 3}), []
+    judged, update = Roller._judge, PolicyGradient._update
+
+    def third_fails(self, answers, counts, parts):
+        judged(self, answers, counts, parts)
+        for answer in answers if len(seen) == 2 else ():
+            answer.reward = math.nan
+
+    def moved(self, answers, lr):
+        weights = [p.detach().clone() for p in self._trainer.module.parameters() if p.requires_grad]
+        found = update(self, answers, lr)
+        after = [p for p in self._trainer.module.parameters() if p.requires_grad]
+        seen.append(any(not torch.equal(a, b) for a, b in zip(weights, after)))
+        return found
+
+    monkeypatch.setattr(Roller, "_judge", third_fails)
+    monkeypatch.setattr(PolicyGradient, "_update", moved)
+    run(job)
+    assert seen == [True, True, False]
+
+
 def test_a_reward_that_fails_for_every_answer_ends_the_run(make, capsys):
     """In one step it may be the answers; in several it is the function, or what it asks."""
     sections = {"rl": {"rewards": [{"function": "loop_rewards:never"}]}, "train": {"steps": 9, "max_skipped_steps": 2}}
