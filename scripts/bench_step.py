@@ -2,7 +2,7 @@
 
     python scripts/bench_step.py [--tokens 8192] [--peers transformers,te] [--profile] [--full]
 
-All are built at Air's width with random bf16 weights at two depths, and run one after the other in every round, a few steps
+All are built at Air's width with random bf16 weights at two depths, and run one after the other in every round, a second
 each; a layer is the difference of the two depths' medians over the layers between them, so that embedding, head and launch overheads fall out.
 LoRA r 32 on attention unless said otherwise. Rows: one document of `tokens`, and documents of log-normal lengths.
 """
@@ -23,8 +23,11 @@ from glm45_tune.layout import Layout
 from glm45_tune.mcore import runtime
 
 SHALLOW, DEEP, ROUNDS = 2, 4, 3
-STEPS = 4
-"""In a row, each round, of which the first is not kept: a card that has just done something else is cooler and faster."""
+SECONDS, SETTLING = 1.2, 0.6
+"""Of steps in a row, each round, and of these before the first that is kept: a card takes a while to find the clock that its power limit
+
+allows this work, whatever ran before.
+"""
 ATTENTION = ("linear_qkv", "linear_proj")
 
 
@@ -51,15 +54,19 @@ class Timed:
             model.set_depth(depth)
         step = self.prepare(models)
         held = torch.cuda.memory_allocated()
-        for number in range(STEPS if keep else 1):
+        began = time.perf_counter()
+        while True:
+            settled = keep and time.perf_counter() - began >= SETTLING
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             self.loss, kept = step(*self.row)
             end.record()
             torch.cuda.synchronize()
-            if number:
+            if settled:
                 self.milliseconds[depth].append(start.elapsed_time(end))
                 self.gib[depth] = (kept - held) / 2**30
+            if not keep or time.perf_counter() - began >= SECONDS and self.milliseconds[depth]:
+                break
 
     def a_layer(self) -> tuple[float, float]:
         """(milliseconds, GiB of activations kept) of one layer."""
@@ -120,26 +127,28 @@ def report(cases: list[Timed], tokens: int, factor: int = 4) -> None:
         )
 
 
+def run_for(seconds: float, step, row) -> tuple[int, float]:
+    """→ (steps taken in that time or a little more, milliseconds of one)."""
+    begin, steps = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        step(*row)
+        steps += 1
+    torch.cuda.synchronize()
+    return steps, (time.perf_counter() - begin) / steps * 1e3
+
+
 def profile(model: Ours, row) -> None:
     """Where a MoE layer's time goes: GPU milliseconds by kernel, deep less shallow, beside the wall's and the host's."""
     found, wall, host = {}, {}, {}
     step = model.prepare(ATTENTION)
     for depth in (SHALLOW, DEEP):
         model.set_depth(depth)
-        for _ in range(6):
-            step(*row)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(5):
-            step(*row)
-        torch.cuda.synchronize()
-        wall[depth] = (time.perf_counter() - begin) / 5 * 1e3
+        step(*row)
+        _, wall[depth] = run_for(SECONDS, step, row)
         host[depth] = model.enqueue(*row)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for _ in range(3):
-                step(*row)
-            torch.cuda.synchronize()
-        found[depth] = {e.key: (e.self_device_time_total / 3e3, e.count / 3) for e in profiler.key_averages()}
+            steps, _ = run_for(SECONDS, step, row)
+        found[depth] = {e.key: (e.self_device_time_total / steps / 1e3, e.count / steps) for e in profiler.key_averages()}
     layers = DEEP - SHALLOW
     a_layer = {
         key: tuple((deep - shallow) / layers for deep, shallow in zip(found[DEEP][key], found[SHALLOW].get(key, (0, 0))))

@@ -151,7 +151,7 @@ def profile(step) -> None:
     total = sum(e.self_device_time_total for e in events) / 1e3
     nccl = sum(e.self_device_time_total for e in events if "nccl" in e.key.lower()) / 1e3
     print(f"GPU time of all kernels {total:.0f} ms, of it NCCL's {nccl:.0f} ms (waiting and overlapped time included)")
-    for event in events[:25]:
+    for event in events[:40]:
         print(f"  {event.self_device_time_total / 1e3:8.1f} ms, {event.count:5d} calls: {event.key[:100]}", flush=True)
 
 

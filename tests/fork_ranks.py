@@ -1,6 +1,7 @@
 """Runs a script once a rank, its imports paid once: `python fork_ranks.py COUNT SCRIPT ARGUMENTS...`.
 
 The script is imported (what it imports is most of a small test's time), then each rank is a fork that calls its `main(*ARGUMENTS)`.
+With cards each rank is a Python of its own: megatron imports FlashAttention-4 where it is installed, and with it a card is opened.
 A rank that fails ends the others, and the end of its output is printed; the exit code is 1.
 """
 
@@ -13,17 +14,27 @@ import tempfile
 import traceback
 from pathlib import Path
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a card must not open it before the fork
+import torch
 
 
-def _become(rank: int, main, arguments: list[str], output: Path) -> None:
+def _load(script: str):
+    sys.path.insert(0, str(Path(script).parent))
+    spec = importlib.util.spec_from_file_location("worker", script)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    return worker
+
+
+def _become(rank: int, worker, script: str, arguments: list[str], output: Path) -> None:
     log = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     code = 1
     try:
-        main(*arguments)
+        if worker is None:
+            os.execv(sys.executable, [sys.executable, __file__, "0", script, *arguments])
+        worker.main(*arguments)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -34,10 +45,10 @@ def _become(rank: int, main, arguments: list[str], output: Path) -> None:
 
 
 def main(count: int, script: str, arguments: list[str]) -> int:
-    sys.path.insert(0, str(Path(script).parent))
-    spec = importlib.util.spec_from_file_location("worker", script)
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
+    """count 0: this is a rank."""
+    if count == 0:
+        return _load(script).main(*arguments)
+    worker = None if torch.cuda.device_count() else _load(script)
     gc.collect()
     gc.freeze()  # megatron collects garbage at every start; without this each collection walks all of torch
     os.environ["WORLD_SIZE"] = str(count)
@@ -47,7 +58,7 @@ def main(count: int, script: str, arguments: list[str]) -> int:
         for rank, output in enumerate(outputs):
             process = os.fork()
             if process == 0:
-                _become(rank, worker.main, arguments, output)
+                _become(rank, worker, script, arguments, output)
             ranks[process] = rank
         signal.signal(signal.SIGTERM, lambda *_: [os.kill(process, signal.SIGKILL) for process in ranks])
         failed = False

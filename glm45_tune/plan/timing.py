@@ -76,10 +76,10 @@ class _Layer:
             self.whole_again += (work + narrow) * (not matrix.name.endswith(unread))
             self.backward += work * (2 if lora is None else 1) + 2 * narrow
             if narrow:
-                # inputs and outputs read for the four narrow products; the pair's two wide ones summed into what is there, which
-                # of an expert are made apart first and whose inputs are spread again
-                add, again = (4, 6) if matrix.is_expert else (2, 3)
-                self.lora_forward += rows * sizes.d * (matrix.inputs + add * matrix.outputs)
+                # inputs and outputs read for the four narrow products; the pair's two wide ones summed into what is there; an
+                # expert's inputs are written again
+                again = 4 if matrix.is_expert else 3
+                self.lora_forward += rows * sizes.d * (matrix.inputs + 2 * matrix.outputs)
                 self.lora_backward += rows * sizes.d * (2 * matrix.outputs + again * matrix.inputs)
         # causal: half of every document's square, QK^T and PV
         self.attention = 2.0 * sizes.tokens * document_tokens * spec.query_size / sizes.tp

@@ -32,11 +32,13 @@ def test_every_kernel_equals_its_plain_twin():
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("counts", [[7, 0, 120, 1], [0, 0, 0, 64], [32, 32, 32, 32], [700, 3, 0, 191]])
-@pytest.mark.parametrize("widths", [(64, 48), (256, 512), (136, 8), (8, 136), (16, 64), (512, 32)])
+@pytest.mark.parametrize(
+    "widths", [(64, 48), (256, 512), (136, 8), (8, 136), (16, 64), (512, 32), (264, 128), (32, 32), (264, 328)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_products_equal_a_loop_over_experts(counts, widths, transposed):
-    """bf16, uneven and empty experts, adapters' ranks: both grouped products within bf16 rounding of a loop in fp32."""
-    from glm45_tune.mcore.layers.experts import grouped_mm, grouped_outer
+    """bf16, uneven and empty experts, adapters' ranks: the grouped products within bf16 rounding of a loop in fp32."""
+    from glm45_tune.mcore.layers.experts import grouped_add_, grouped_mm, grouped_outer
 
     generator = torch.Generator("cuda").manual_seed(0)
     x, y = (torch.randn(sum(counts), n, device="cuda", generator=generator).bfloat16() for n in widths)
@@ -45,7 +47,10 @@ def test_grouped_products_equal_a_loop_over_experts(counts, widths, transposed):
     edges = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
     product = torch.cat([rows.float() @ w.float() for rows, w in zip(x.split(counts), weight)])
     outer = torch.stack([a.float().t() @ b.float() for a, b in zip(x.split(counts), y.split(counts))])
-    for ours, plain in ((grouped_mm(x, weight, edges), product), (grouped_outer(x, y, edges), outer)):
+    added = y.clone()
+    grouped_add_(added, x, weight, edges, 0.5)
+    pairs = (grouped_mm(x, weight, edges), product), (added, y + 0.5 * product), (grouped_outer(x, y, edges), outer)
+    for ours, plain in pairs:
         assert (ours.float() - plain).norm() <= 1e-2 * plain.norm()
 
 

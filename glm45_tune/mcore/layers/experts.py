@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -118,10 +117,18 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> to
     return torch.cat([rows @ w for rows, w in zip(_rows_of_experts(x, edges), weight)])
 
 
+def grouped_add_(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float) -> None:
+    """Add scaling times what `grouped_mm` gives to output [N, B]."""
+    if _one_kernel(x, weight):
+        fast.grouped_add_(output, x, weight, edges, scaling)
+    else:
+        output.add_(grouped_mm(x, weight, edges), alpha=scaling)
+
+
 def grouped_outer(x: torch.Tensor, y: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """x [N, A], y [N, B], both sorted by expert → [E, A, B], the sum over each expert's rows of xᵀ y."""
     if _one_kernel(x, y):
-        return F.grouped_mm(x.t(), y, offs=edges[1:])
+        return fast.grouped_outer(x, y, edges)
     return torch.stack([a.t() @ b for a, b in zip(_rows_of_experts(x, edges), _rows_of_experts(y, edges))])
 
 
@@ -136,19 +143,26 @@ def _add_lora(output, x, lora_A, lora_B, scaling, dropout, edges):
             x, mask = torch.native_dropout(x, dropout, True)
     narrow = grouped_mm(x, lora_A.transpose(1, 2), edges)
     if output is not None:
-        output.add_(grouped_mm(narrow, lora_B.transpose(1, 2), edges), alpha=scaling)
+        grouped_add_(output, narrow, lora_B.transpose(1, 2), edges, scaling)
     return narrow, mask
 
 
-def _lora_backward(gradient, x, kept, lora_A, lora_B, scaling, dropout, edges):
-    """gradient [N, B] of the linear's output, x [N, A] its input → gradients of x (to be added), lora_A and lora_B."""
+def _undropped(gradient, mask, dropout):
+    return gradient if mask is None else torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - dropout))
+
+
+def _lora_backward(gradient, x_out, kept, lora_A, lora_B, scaling, dropout, edges):
+    """gradient [N, B] of the linear's output; adds the pair's part to x_out [N, A], that of its input. → gradients of the narrow product
+
+    and of lora_B.
+    """
     narrow, mask = kept
     narrow_out = grouped_mm(gradient, lora_B, edges).mul_(scaling)
-    B_out = grouped_outer(gradient, narrow, edges).mul_(scaling)
-    x_out = grouped_mm(narrow_out, lora_A, edges)
-    if mask is not None:
-        x, x_out = (torch.ops.aten.native_dropout_backward(t, mask, 1 / (1 - dropout)) for t in (x, x_out))
-    return x_out, grouped_outer(narrow_out, x, edges), B_out
+    if mask is None:
+        grouped_add_(x_out, narrow_out, lora_A, edges, 1.0)
+    else:
+        x_out.add_(_undropped(grouped_mm(narrow_out, lora_A, edges), mask, dropout))
+    return narrow_out, grouped_outer(gradient, narrow, edges).mul_(scaling)
 
 
 class Experts(torch.autograd.Function):
@@ -193,23 +207,22 @@ class Experts(torch.autograd.Function):
         shared_out = gradient if ctx.needs_input_grad[8] else None
         gradient = _spread(gradient, plan)
         hidden_out = grouped_mm(gradient, fc2, edges)
+        if A2 is not None:
+            narrow_out, B2_out = _lora_backward(gradient, hidden_out, kept[2:], A2, B2, *ctx.adapters[1], edges)
         needs_hidden = A2 is not None or ctx.needs_input_grad[3]
-        if A2 is None:
-            gate_up_out, weights_out, hidden = swiglu_backward(gate_up, weights, hidden_out, needs_hidden)
-        else:
-            hidden = swiglu_forward(gate_up, weights)
-            more, A2_out, B2_out = _lora_backward(gradient, hidden, kept[2:], A2, B2, *ctx.adapters[1], edges)
-            gate_up_out, weights_out, _ = swiglu_backward(gate_up, weights, hidden_out.add_(more))
-            del more
+        gate_up_out, weights_out, hidden = swiglu_backward(gate_up, weights, hidden_out, needs_hidden)
+        if A2 is not None:
+            A2_out = grouped_outer(narrow_out, _undropped(hidden, kept[3], ctx.adapters[1][1]), edges)
         if ctx.needs_input_grad[3]:
             fc2_out = grouped_outer(gradient, hidden, edges)
         del gradient, hidden, hidden_out
         x_out = grouped_mm(gate_up_out, fc1, edges)
+        if A1 is not None:
+            narrow_out, B1_out = _lora_backward(gate_up_out, x_out, kept[:2], A1, B1, *ctx.adapters[0], edges)
         if x is not None:
             rows = _spread(x, plan)
             if A1 is not None:
-                more, A1_out, B1_out = _lora_backward(gate_up_out, rows, kept[:2], A1, B1, *ctx.adapters[0], edges)
-                x_out.add_(more)
+                A1_out = grouped_outer(narrow_out, _undropped(rows, kept[1], ctx.adapters[0][1]), edges)
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, edges)
         x_out, probs_out = _sum(x_out, plan.place), _at(weights_out, plan.place)

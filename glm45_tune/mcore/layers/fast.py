@@ -35,8 +35,11 @@ def flash_attention(query, key, value, edges, key_edges, longest: int, longest_k
 
 
 @functools.cache
-def _grouped_gemm():
-    """QuACK's GEMM with the tile that was best or within 1 % of it for every product of an Air expert; None where there is none."""
+def _quack(tile_m: int, tile_n: int, pingpong: bool, cluster_n: int, swap_ab: bool = False):
+    """QuACK's GEMM by this tile; None where there is none or the card is no Hopper.
+
+    The tiles below: of those tried, each the fastest or within 2 % of it on every shape of an Air expert and its LoRA pairs.
+    """
     if torch.cuda.get_device_capability() != (9, 0):
         return None
     try:
@@ -44,9 +47,15 @@ def _grouped_gemm():
         from quack.gemm_interface import gemm_tuned
     except ImportError:
         return None
-    # two tiles side by side share their rows, so that the experts' weights are read once for both
-    tile = GemmConfig(tile_m=192, tile_n=128, pingpong=True, cluster_m=1, cluster_n=2, is_dynamic_persistent=False)
+    tile = GemmConfig(
+        tile_m, tile_n, pingpong=pingpong, cluster_m=1, cluster_n=cluster_n, swap_ab=swap_ab, is_dynamic_persistent=False
+    )
     return functools.partial(gemm_tuned.fn, config=tile)
+
+
+def _quack_narrow(columns: int, swap_ab: bool = False):
+    """For the narrow side of a LoRA pair: one tile across, hardly wider than it is."""
+    return _quack(128, max(16, 1 << (columns - 1).bit_length()), True, 1, swap_ab)
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
@@ -54,9 +63,31 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> to
 
     By QuACK on a Hopper card, whose tiles of 192 rows leave less of an expert's last tile empty than the 256 of torch's.
     """
-    gemm = _grouped_gemm()
+    columns = weight.shape[2]
+    # two tiles side by side share their rows, so that the experts' weights are read once for both
+    gemm = _quack_narrow(columns) if columns <= 128 else _quack(192, 128, True, 2)
     if gemm is None:
         return torch.nn.functional.grouped_mm(x, weight, offs=edges[1:])
-    out = x.new_empty(x.shape[0], weight.shape[2])
+    out = x.new_empty(x.shape[0], columns)
     gemm(x, weight, out, cu_seqlens_m=edges)
+    return out
+
+
+def grouped_add_(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float) -> None:
+    """Add scaling times that product to output [N, B]; by QuACK in one pass, else made apart first."""
+    gemm = _quack(128, 256, False, 1)
+    if gemm is None:
+        output.add_(torch.nn.functional.grouped_mm(x, weight, offs=edges[1:]), alpha=scaling)
+    else:
+        gemm(x, weight, output, C=output, alpha=scaling, cu_seqlens_m=edges)
+
+
+def grouped_outer(x: torch.Tensor, y: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """x bf16 [N, A], y [N, B], both sorted by expert → [E, A, B], the sum over each expert's rows of xᵀ y."""
+    narrow = min(x.shape[1], y.shape[1])
+    gemm = _quack_narrow(narrow, swap_ab=narrow < y.shape[1]) if narrow <= 128 else _quack(128, 192, True, 2)
+    if gemm is None:
+        return torch.nn.functional.grouped_mm(x.t(), y, offs=edges[1:])
+    out = x.new_empty(len(edges) - 1, x.shape[1], y.shape[1])
+    gemm(x.t(), y, out, cu_seqlens_k=edges)
     return out
