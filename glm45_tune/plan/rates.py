@@ -5,16 +5,16 @@ links, each at the share of the maker's figure that the measured card reached.
 """
 
 MEASURED_CARD = "h200"
-SOURCE = "docs/numbers.md, a GLM-4.5-Air MoE layer on one H200, 2026-11-29"
+SOURCE = "docs/numbers.md, a GLM-4.5-Air MoE layer on one H200, 2026-11-30"
 
 # All of a card that has run for seconds on end and is held back by its power limit.
-# TFLOP/s reached in matrix products, bf16: the experts' four and the projections, 8.7 TFLOP in 7.8 + 6.0 ms
-MATRIX_TFLOPS = 630.0
-# TFLOP/s reached by causal attention: 1.65 in 2.9 ms forward, 4.12 in 8.3 + 0.4 ms backward
-ATTENTION_FORWARD_TFLOPS = 570.0
-ATTENTION_BACKWARD_TFLOPS = 471.0
+# TFLOP/s reached in matrix products, bf16: the experts' four and the projections, 8.7 TFLOP in 7.5 + 6.0 ms
+MATRIX_TFLOPS = 644.0
+# TFLOP/s reached by causal attention: 1.65 in 2.8 ms forward, 4.12 in 8.1 + 0.4 ms backward
+ATTENTION_FORWARD_TFLOPS = 583.0
+ATTENTION_BACKWARD_TFLOPS = 488.0
 # forward + backward of one Air MoE layer, LoRA r 32 on attention, TOKENS in documents of DOCUMENT_TOKENS, nothing recomputed
-LAYER_MS = 29.6
+LAYER_MS = 27.9
 DOCUMENT_TOKENS = 8192
 TOKENS = 8192
 # an assumption: share of what is neither matrices nor attention that a forward takes (it is done again by recompute)
@@ -22,6 +22,9 @@ FORWARD_SHARE = 0.4
 
 # wires: share of the link's figure that an all-to-all reached (512 MiB a rank over two cards: 268 MB left each in 1.05 ms)
 LINK_SHARE = 0.57
+# besides its bytes, seconds an exchange between expert ranks costs a step: they wait for each other, and for the host to learn how many
+# rows come. What the whole Air's packed steps on two cards took longer than all else that is counted, by its exchanges
+EXCHANGE_SECONDS = 0.6e-3
 NODE_LINK_SHARE = 0.8
 # share of memory bandwidth that what only streams reaches: the optimizer's passes, LoRA's narrow products
 STREAM_SHARE = 0.8

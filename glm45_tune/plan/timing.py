@@ -223,7 +223,8 @@ def _wire_seconds(model: Model, card: Card, again: bool, gpus_per_node: int) -> 
     tensor = (10 if again else 8) * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node)
     rows = sizes.travelling_rows * model.spec.hidden_size * sizes.d
     experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    return tensor, (5 if again or sizes.again("moe") else 4) * _wire(rows, experts, experts, card, gpus_per_node)
+    exchange = _wire(rows, experts, experts, card, gpus_per_node) + (experts > 1) * rates.EXCHANGE_SECONDS
+    return tensor, (5 if again or sizes.again("moe") else 4) * exchange
 
 
 def _optimizer_seconds(model: Model, stages: list[StageMemory], card: Card, gpus_per_node: int) -> float:

@@ -35,7 +35,7 @@ def flash_attention(query, key, value, edges, key_edges, longest: int, longest_k
 
 
 @functools.cache
-def _quack(tile_m: int, tile_n: int, pingpong: bool, cluster_n: int, swap_ab: bool = False):
+def quack_gemm(tile_m: int, tile_n: int, pingpong: bool, cluster_n: int, swap_ab: bool = False):
     """QuACK's GEMM by this tile; None where there is none or the card is no Hopper.
 
     The tiles below: of those tried, each the fastest or within 2 % of it on every shape of an Air expert and its LoRA pairs.
@@ -55,7 +55,7 @@ def _quack(tile_m: int, tile_n: int, pingpong: bool, cluster_n: int, swap_ab: bo
 
 def _quack_narrow(columns: int, swap_ab: bool = False):
     """For the narrow side of a LoRA pair: one tile across, hardly wider than it is."""
-    return _quack(128, max(16, 1 << (columns - 1).bit_length()), True, 1, swap_ab)
+    return quack_gemm(128, max(16, 1 << (columns - 1).bit_length()), True, 1, swap_ab)
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> to
     """
     columns = weight.shape[2]
     # two tiles side by side share their rows, so that the experts' weights are read once for both
-    gemm = _quack_narrow(columns) if columns <= 128 else _quack(192, 128, True, 2)
+    gemm = _quack_narrow(columns) if columns <= 128 else quack_gemm(192, 128, True, 2)
     if gemm is None:
         return torch.nn.functional.grouped_mm(x, weight, offs=edges[1:])
     out = x.new_empty(x.shape[0], columns)
@@ -75,7 +75,7 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> to
 
 def grouped_add_(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float) -> None:
     """Add scaling times that product to output [N, B]; by QuACK in one pass, else made apart first."""
-    gemm = _quack(128, 256, False, 1)
+    gemm = quack_gemm(128, 256, False, 1)
     if gemm is None:
         output.add_(torch.nn.functional.grouped_mm(x, weight, offs=edges[1:]), alpha=scaling)
     else:
@@ -85,7 +85,7 @@ def grouped_add_(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ed
 def grouped_outer(x: torch.Tensor, y: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """x bf16 [N, A], y [N, B], both sorted by expert → [E, A, B], the sum over each expert's rows of xᵀ y."""
     narrow = min(x.shape[1], y.shape[1])
-    gemm = _quack_narrow(narrow, swap_ab=narrow < y.shape[1]) if narrow <= 128 else _quack(128, 192, True, 2)
+    gemm = _quack_narrow(narrow, swap_ab=narrow < y.shape[1]) if narrow <= 128 else quack_gemm(128, 192, True, 2)
     if gemm is None:
         return torch.nn.functional.grouped_mm(x.t(), y, offs=edges[1:])
     out = x.new_empty(len(edges) - 1, x.shape[1], y.shape[1])
