@@ -1,7 +1,7 @@
 """Runs a script once a rank, its imports paid once: `python fork_ranks.py COUNT SCRIPT ARGUMENTS...`.
 
 The script is imported (what it imports is most of a small test's time), then each rank is a fork that calls its `main(*ARGUMENTS)`.
-With cards each rank is a Python of its own: megatron imports FlashAttention-4 where it is installed, and with it a card is opened.
+With cards each rank is a Python of its own: megatron imports FlashAttention-4 where it is installed, and no fork can open a card then.
 A rank that fails ends the others, and the end of its output is printed; the exit code is 1.
 """
 

@@ -298,6 +298,7 @@ def _moe_moments(sizes: Sizes) -> list[list[Term]]:
     fc1, fc2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
     here = spec.num_moe_experts // sizes.layout.expert_model_parallel_size
     weight = here * spec.hidden_size * F * d if sizes.is_full else 0
+    drops = sizes.recipe.lora is not None and sizes.recipe.lora.lora_dropout > 0
     arrived = ("gradient as it arrived", sizes.travelling_rows * spec.hidden_size * d, "dispatch", sizes.travels)
     return [
         _terms(
@@ -305,7 +306,7 @@ def _moe_moments(sizes: Sizes) -> list[list[Term]]:
             ("gradient of output rows", rows, "combine backward", True),
             ("gradients of product, gate, up", 3 * narrow, "SwiGLU backward", True),
             ("product again", narrow, "linear_fc2", sizes.learns(fc2)),
-            ("its gradient through the adapter", narrow, "LoRA", sizes.pairs(fc2) > 0),
+            ("the product after dropout", narrow, "LoRA", drops and sizes.pairs(fc2) > 0),
             ("gradient of linear_fc2", weight, "before it joins the buffer", True),
         ),
         _terms(
@@ -313,7 +314,7 @@ def _moe_moments(sizes: Sizes) -> list[list[Term]]:
             ("gradients of gate, up", 2 * narrow, "linear_fc1", True),
             ("gradient of input rows", rows, "linear_fc1", True),
             ("input rows again", rows, "linear_fc1", sizes.learns(fc1)),
-            ("their gradient through the adapter", rows, "LoRA", sizes.pairs(fc1) > 0),
+            ("the input rows after dropout", rows, "LoRA", drops and sizes.pairs(fc1) > 0),
             ("gradients of linear_fc1 and linear_fc2", 3 * weight, "before they join the buffer", True),
         ),
     ]

@@ -147,8 +147,9 @@ def _add_lora(output, x, lora_A, lora_B, scaling, dropout, edges):
     return narrow, mask
 
 
-def _undropped(gradient, mask, dropout):
-    return gradient if mask is None else torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - dropout))
+def _dropped(x, mask, dropout):
+    """What the forward's dropout let through of x."""
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - dropout))
 
 
 def _lora_backward(gradient, x_out, kept, lora_A, lora_B, scaling, dropout, edges):
@@ -161,7 +162,7 @@ def _lora_backward(gradient, x_out, kept, lora_A, lora_B, scaling, dropout, edge
     if mask is None:
         grouped_add_(x_out, narrow_out, lora_A, edges, 1.0)
     else:
-        x_out.add_(_undropped(grouped_mm(narrow_out, lora_A, edges), mask, dropout))
+        x_out.add_(_dropped(grouped_mm(narrow_out, lora_A, edges), mask, dropout))
     return narrow_out, grouped_outer(gradient, narrow, edges).mul_(scaling)
 
 
@@ -212,7 +213,7 @@ class Experts(torch.autograd.Function):
         needs_hidden = A2 is not None or ctx.needs_input_grad[3]
         gate_up_out, weights_out, hidden = swiglu_backward(gate_up, weights, hidden_out, needs_hidden)
         if A2 is not None:
-            A2_out = grouped_outer(narrow_out, _undropped(hidden, kept[3], ctx.adapters[1][1]), edges)
+            A2_out = grouped_outer(narrow_out, _dropped(hidden, kept[3], ctx.adapters[1][1]), edges)
         if ctx.needs_input_grad[3]:
             fc2_out = grouped_outer(gradient, hidden, edges)
         del gradient, hidden, hidden_out
@@ -222,7 +223,7 @@ class Experts(torch.autograd.Function):
         if x is not None:
             rows = _spread(x, plan)
             if A1 is not None:
-                A1_out = grouped_outer(narrow_out, _undropped(rows, kept[1], ctx.adapters[0][1]), edges)
+                A1_out = grouped_outer(narrow_out, _dropped(rows, kept[1], ctx.adapters[0][1]), edges)
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, edges)
         x_out, probs_out = _sum(x_out, plan.place), _at(weights_out, plan.place)
