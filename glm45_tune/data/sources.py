@@ -1,12 +1,9 @@
 """Where rows come from, and what all rows of a recipe become: samples in order, every bad row with its reason."""
 
 import hashlib
-import importlib
 import inspect
-import os
 import random
 import re
-import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +16,7 @@ import numpy as np
 from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
 from glm45_tune.data.formats import KINDS, format_of
+from glm45_tune.data.functions import function_named
 from glm45_tune.data.labels import LabelledRenderer
 from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.pairs import PairRenderer
@@ -153,7 +151,12 @@ def _fetched(name: str) -> str:
 
 def _called(source: str) -> Iterable:
     """What a user's function gives; it is a program and may raise anything."""
-    function = _function(source)
+    try:
+        function = function_named(source)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{source}: no such file, and {error}.") from error
+    except ImportError as error:
+        raise DataError(f"{source}: {error}.") from error
     if not callable(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         came = "an async function" if callable(function) else type(function).__name__
         raise DataError(f"{source}: is {came}; a plain function that yields or returns rows is expected.")
@@ -167,21 +170,6 @@ def _called(source: str) -> Iterable:
         raise DataError(
             f"{source}: returned {type(rows).__name__}; rows are expected: yield them, or return a list."
         ) from None
-
-
-def _function(source: str):
-    module, _, name = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's module lies where the command is typed
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise DataError(f"{source}: no such file, and no such Python function: {error}.") from error
-        raise DataError(f"{source}: the module {module} cannot be imported: {error!r}.") from error
-    if not hasattr(found, name):
-        raise DataError(f"{source}: no such file, and no such Python function: {found.__name__} has no {name}.")
-    return getattr(found, name)
 
 
 def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:

@@ -1,5 +1,6 @@
 """Everything about a run that can be known, or found wrong, before a rank is started."""
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from glm45_tune.conversion.patterns import frozen
 from glm45_tune.conversion.stream import has_mtp, open_model
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.data.chat import Sample, load_tokenizer
+from glm45_tune.data.functions import function_named
 from glm45_tune.data.packing import BatchPlan, Rows
 from glm45_tune.data.sources import Corpus, kind_for, load_data, rows_of
 from glm45_tune.data.stream import Stream, load_stream
@@ -96,6 +98,8 @@ def prepare(recipe: Recipe) -> Job:
         run_directory.check_ours(recipe)
         run_directory.check_disk(recipe, source)
         check_functions(recipe.rl.rewards if recipe.rl else [])
+        if recipe.rl and recipe.rl.tools:
+            _check_tools(recipe.rl.tools)
     tokenizer = load_tokenizer(recipe.model.path)
     stream, kind = None, kind_for(recipe)
     if recipe.data.streaming:
@@ -146,6 +150,17 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
             f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
             f"{share * layout.microbatch_multiple}."
         )
+
+
+def _check_tools(name: str) -> None:
+    """Raise RecipeError unless rl.tools names a plain function."""
+    try:
+        function = function_named(name)
+    except ImportError as error:
+        raise RecipeError(f"rl.tools {name}: {error}.") from error
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        came = "an async function" if callable(function) else type(function).__name__
+        raise RecipeError(f"rl.tools {name}: is {came}; a plain function of the text and the row is expected.")
 
 
 def _check_prompts(recipe: Recipe, *corpora: Corpus) -> None:

@@ -1,7 +1,5 @@
 """A rollout: the next prompts, a group of answers to each, what each answer is worth, and what it was worth beside its group."""
 
-import importlib
-import inspect
 import json
 import os
 import sys
@@ -12,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from glm45_tune.data.chat import Sample, check_messages
+from glm45_tune.data.functions import function_named
 from glm45_tune.errors import DataError, UserError
 from glm45_tune.rl.advantages import advantages, equal_groups, overlong_penalties
 from glm45_tune.rl.engine import Completion, Request
@@ -111,7 +110,7 @@ class Roller:
         self._job, self._rl, self._engine = job, job.recipe.rl, engine
         self.prompts = Prompts(job)
         self._workers = [Worker(reward, self._rl.reward_timeout_seconds) for reward in self._rl.rewards]
-        self._tools = _function(self._rl.tools) if self._rl.tools else None
+        self._tools = function_named(self._rl.tools) if self._rl.tools else None
 
     def roll(self, step: int, written: list[Answer] | None = None) -> Rollout:
         """The step's answers with their rewards and advantages; `written`: its first ones, where they are written already."""
@@ -199,9 +198,6 @@ class Roller:
         wanted = 'a list of messages, such as [{"role": "tool", "content": "text"}], or None is expected'
         if not messages:
             return []
-        if inspect.iscoroutine(messages):
-            messages.close()
-            raise UserError(f"{name}: is an async function; {wanted} of a plain one.")
         if not isinstance(messages, list):
             raise UserError(f"{name}: returned {type(messages).__name__} {str(messages)[:80]!r}; {wanted}.")
         try:
@@ -280,16 +276,6 @@ def seed_of(job: Job, step: int, attempt: int) -> int:
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
-
-
-def _function(name: str):
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"rl.tools {name}: no such Python function: {error}.") from error
 
 
 def as_line(step: int, answer: Answer, text: str, prompt: str) -> str:

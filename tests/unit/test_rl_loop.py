@@ -308,12 +308,27 @@ def test_later_turns_think_as_the_first_was_asked_to(make):
         ("tool_message", "returned dict .*; a list of messages"),
         ("tool_number", r"returned what is no list of messages: messages\[0\].content is int"),
         ("tool_words", r"returned what is no list of messages: messages\[0\] is str"),
-        ("tool_later", "is an async function"),
     ],
 )  # fmt: skip
 def test_what_a_tool_wrongly_does_is_said(make, name, said):
     with pytest.raises(UserError, match=f"rl.tools loop_rewards:{name}: {said}"):
         heard_by(make(rl={"tools": f"loop_rewards:{name}", "max_turns": 2}))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("loop_rewards:no_tool", "no such Python function: loop_rewards has no no_tool"),
+        ("no_such_tools:f", "no such Python function: No module named 'no_such_tools'"),
+        ("broken_tools:f", "the module broken_tools cannot be imported: SyntaxError"),
+        ("loop_rewards:tool_later", "is an async function; a plain function"),
+        ("loop_rewards:__name__", "is str; a plain function"),
+    ],
+)
+def test_tools_that_are_none_are_said_before_a_rank_starts(make, place, name, said):
+    (place / "broken_tools.py").write_text("def f(:\n")
+    with pytest.raises(RecipeError, match=f"rl.tools {name}: {said}"):
+        make(rl={"tools": name, "max_turns": 2})
 
 
 def test_prompts_too_long_and_options_that_do_not_fit_are_said(make, place):
