@@ -83,4 +83,6 @@ def _keep(
         entry = {"data": Path(file).name, "sha256": hashes[file], "step": step, "think": think}
         kept = [old for old in kept if any(old[key] != value for key, value in entry.items())]
         kept.append(entry | {which: by_file[file].document() for which, by_file in scores.items()})
-    path.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    staged = path.with_suffix(".partial")  # a kill leaves the earlier scores
+    staged.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
