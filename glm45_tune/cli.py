@@ -366,12 +366,12 @@ def evaluate(
             found = [("", *scored) for scored in asking.evaluate(model, questions, think, max_new_tokens).items()]
         scores += [{"model": f"{path} {which}".strip(), "data": file, **score.document()} for which, file, score in found]
     document = json.dumps(scores, ensure_ascii=False)
-    if output:
-        output.write_text(document + "\n", encoding="utf-8")
     if as_json:
         print(document)
     else:
         asking.show(scores)
+    if output:
+        asking.write_scores(output, document)
 
 
 def _ranks_run() -> bool:

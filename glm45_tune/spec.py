@@ -70,8 +70,11 @@ class ModelSpec:
             if not isinstance(nested := config.get(key) or {}, dict):
                 raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
             flat |= nested
-        if (kind := flat.get("rope_type", "default")) != "default":
+        # older files call it type
+        if (kind := flat.get("rope_type", flat.get("type", "default"))) != "default":
             raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
+        if (activation := config.get("hidden_act", "silu")) != "silu":
+            raise CheckpointError(f"{where}: hidden_act is {activation!r}; allowed: silu.")
         number = partial(_number, flat, where)
         eos = config.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]

@@ -61,6 +61,13 @@ def check_output(output: Path | None) -> None:
         raise UserError(f"eval: --output {output} exists and holds no scores, so it is not replaced. Choose another.")
 
 
+def write_scores(output: Path, document: str) -> None:
+    try:
+        output.write_text(document + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"eval: --output {output} cannot be written: {error}. The scores are above.") from error
+
+
 def _is_ours(path: Path) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

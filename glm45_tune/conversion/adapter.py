@@ -195,14 +195,24 @@ class Merged:
         path = self._directory / CONFIG
         if not path.is_file() and (self._directory / "adapter" / CONFIG).is_file():
             raise CheckpointError(f"{self._directory}: a run, not an adapter; its adapter is {self._directory / 'adapter'}.")
+        if (read_marker(self._directory) or {}).get("kind") == "run":
+            raise CheckpointError(
+                f"{self._directory}: has no adapter yet: the run is not done, or trained all weights. `glm45-tune export` takes its "
+                "last checkpoint."
+            )
         if not path.is_file() or not (self._directory / WEIGHTS).is_file():
             raise CheckpointError(f"{self._directory}: no {CONFIG} with {WEIGHTS} here; not a PEFT adapter.")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            config = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: holds no JSON object: {error}.") from error
         if config.get("peft_type") != "LORA":
             raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; allowed: LORA.")
         for key, plain, why in _NOT_PLAIN:
             if (value := config.get(key)) and not plain(value):
                 raise CheckpointError(f"{path}: {key} is {value!r}, which cannot be merged: {why}.")
+        if not isinstance(alpha := config.get("lora_alpha"), int | float) or isinstance(alpha, bool):
+            raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; a number is expected.")
         return config
 
     def _read_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
@@ -216,6 +226,8 @@ class Merged:
             if not key.endswith(".lora_A.weight"):
                 if not key.endswith(".lora_B.weight"):
                     raise CheckpointError(f"{self._directory / WEIGHTS}: {key} is no LoRA weight.")
+                if key.replace(".lora_B.", ".lora_A.") not in tensors:
+                    raise CheckpointError(f"{self._directory / WEIGHTS}: {key} has no lora_A beside it.")
                 continue
             module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
             lora_B = tensors.get(key.replace(".lora_A.", ".lora_B."))
@@ -224,7 +236,13 @@ class Merged:
             if module.endswith((".experts", ".experts.base_layer")):
                 factors |= self._of_stack(module, lora_A, lora_B)
             else:
+                if lora_A.shape[0] != lora_B.shape[1]:
+                    raise CheckpointError(
+                        f"{self._directory / WEIGHTS}: {key} {tuple(lora_A.shape)} and its lora_B {tuple(lora_B.shape)} differ in rank."
+                    )
                 factors[f"{module}.weight"] = lora_A, lora_B, self._scaling(module, lora_A.shape[0])
+        if not factors:
+            raise CheckpointError(f"{self._directory / WEIGHTS}: holds no LoRA weights.")
         for name, (lora_A, lora_B, _) in factors.items():
             shape = (lora_B.shape[0], lora_A.shape[1])
             if name not in known or self.base.shape(name) != shape:

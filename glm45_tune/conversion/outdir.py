@@ -53,9 +53,7 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
             f"{output}: holds a {found.get('kind')!r}, which a {kind!r} does not replace. Choose another output directory."
         )
     ours = {MARKER, *(Path(name).parts[0] for name in found.get("files", {}))}
-    if others := sorted(
-        entry.name for entry in output.iterdir() if entry.name not in ours and not entry.name.startswith(".")
-    ):
+    if others := sorted(entry.name for entry in output.iterdir() if entry.name not in {*ours, ".DS_Store"}):
         raise UserError(
             f"{output}: replacing it would also remove {', '.join(others[:3])}, which we did not write. Move that away, or choose "
             "another output directory."
@@ -127,6 +125,10 @@ def resumable(output: str | Path, kind: str, *inputs: str | Path, job: object, *
     that were whole; another job's is removed. None: begin anew each time, and leave nothing behind.
     """
     output = Path(output)
+    if output.is_symlink():
+        output = output.resolve()  # what it points to is replaced, and the link stays
+    if not output.name:
+        raise UserError(f"{output}: a directory is not replaced from inside. Name the output by its path from elsewhere.")
     check_free(output, kind, *inputs)
     versions = {"glm45_tune": glm45_tune.__version__, "torch": importlib.metadata.version("torch")}
     marker = {"kind": kind, "versions": versions, **facts, "files": {}}

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm45_tune.conversion.outdir import MARKER
+from glm45_tune.conversion.outdir import MARKER, read_marker
 from glm45_tune.errors import UserError, VerificationError
 from glm45_tune.hub import hub as kinds
 from glm45_tune.hub.hub import Fault, Hub, LocalFile, patiently
@@ -84,8 +84,14 @@ def local_files(directory: Path) -> list[LocalFile]:
         raise UserError(f"{directory}: no such directory.")
     if directory.name.endswith(".partial"):
         raise UserError(f"{directory}: is being written, or was left unfinished. Export it again.")
-    if (directory / MARKER).is_file() and json.loads((directory / MARKER).read_text(encoding="utf-8")).get("kind") == "run":
+    marker = read_marker(directory) or {}
+    if marker.get("kind") == "run":
         raise UserError(f"{directory}: is a run, not a model. `glm45-tune export {directory} --output DIR` first.")
+    for name, facts in marker.get("files", {}).items():
+        shard = directory / name
+        if name.endswith(".safetensors") and (not shard.is_file() or shard.stat().st_size != facts["size"]):
+            came = f"has {shard.stat().st_size:,} bytes" if shard.is_file() else "is missing"
+            raise UserError(f"{shard}: {came}; {MARKER} says {facts['size']:,} bytes. Export it again.")
     found = [
         LocalFile(path.relative_to(directory).as_posix(), path)
         for path in sorted(directory.rglob("*"))

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import shutil
 import sys
 import time
 from typing import Protocol
@@ -82,6 +83,8 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     step, num_skipped = _resume(saver, method)
     nonfinite = NonFinite(job, num_skipped, writes=is_first)
     if is_first:
+        if step < job.num_steps:  # of an earlier end, which this run goes past
+            shutil.rmtree(job.run / "adapter", ignore_errors=True)
         print("\n".join(summary.at_start(job, trainer, step)), file=sys.stderr, flush=True)
     samples = Samples(job, trainer) if job.recipe.kind != "rl" else None
     if samples and not step:

@@ -144,8 +144,24 @@ def test_nothing_is_replaced_that_holds_what_is_not_ours(cli, tmp_path, checkpoi
     (earlier / "notes").mkdir()
     code, _, err = cli("convert", "--to-hf", "--model", tmp_path / "m", "--output", earlier)
     assert code == 2 and "would also remove notes" in err
-    (earlier / "notes").rmdir()
+    (earlier / "notes").rename(earlier / ".git")
+    code, _, err = cli("convert", "--to-hf", "--model", tmp_path / "m", "--output", earlier)
+    assert code == 2 and "would also remove .git" in err
+    (earlier / ".git").rmdir()
     assert cli("convert", "--to-hf", "--model", tmp_path / "m", "--output", earlier)[0] == 0
+
+
+def test_an_output_may_be_a_link_and_is_no_place_to_stand_in(cli, tmp_path, checkpoints, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        assert cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", tmp_path / "link")[0] == 0
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "glm45_tune.json").is_file()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = cli("convert", "--to-mcore", "--model", checkpoints["air"], "--output", ".")
+    assert code == 2 and "not replaced from inside" in err
 
 
 def test_outputs_that_cannot_be_written_and_other_small_faults(train, cli, tmp_path, checkpoints, corpus):

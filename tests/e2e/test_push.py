@@ -1,6 +1,7 @@
 """Pushes by the hubs' real clients to hubs on loopback: what arrives, what is sent again, and what a person reads when it fails."""
 
 import hashlib
+import os
 import random
 import sys
 import threading
@@ -229,6 +230,14 @@ def test_what_is_no_finished_model_is_not_pushed(hub, tmp_path, cli, lora_run, m
     ):
         code, _, err = cli("push", directory, "--to", hub.to)
         assert code == 2 and said in err and not hub.requests
+    assert cli("export", lora_run, "--output", tmp_path / "tuned")[0] == 0
+    (shard,) = (tmp_path / "tuned").glob("*.safetensors")
+    os.truncate(shard, 1000)
+    code, _, err = cli("push", tmp_path / "tuned", "--to", hub.to)
+    assert code == 2 and f"{shard}: has 1,000 bytes; glm45_tune.json says" in err and not hub.requests
+    shard.unlink()
+    code, _, err = cli("push", tmp_path / "tuned", "--to", hub.to)
+    assert code == 2 and f"{shard}: is missing" in err and not hub.requests
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from glm45_tune.conversion.adapter import Merged
 from glm45_tune.conversion.stream import open_model
+from glm45_tune.errors import CheckpointError
 
 transformers.utils.logging.set_verbosity_error()
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -114,3 +115,29 @@ def test_experts_of_another_width_are_refused(checkpoints, plain, tmp_path, cli)
     command = ["convert", "--to-hf", "--model", checkpoints["air"], "--adapter", tmp_path / "adapter", "--output"]
     code, _, err = cli(*command, tmp_path / "out")
     assert code == 2 and "fits neither gate_up_proj nor down_proj" in err
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda tensors: {k: t for k, t in tensors.items() if "lora_A" not in k}, "has no lora_A beside it"),
+        (lambda tensors: {}, "holds no LoRA weights"),
+        (lambda tensors: {k: t[:2] if "lora_A" in k else t for k, t in tensors.items()}, "differ in rank"),
+    ],
+)
+def test_half_an_adapter_is_not_merged(checkpoints, tmp_path, change, said):
+    _peft_model(checkpoints["air"], target_modules=["q_proj"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in change(load_file(file)).items()}, file)
+    with pytest.raises(CheckpointError, match=said):
+        Merged(open_model(checkpoints["air"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, said", [("{", "no JSON object"), ("[]", "lora|peft_type"), ('{"peft_type": "LORA"}', "lora_alpha is None")]
+)
+def test_a_broken_adapter_config_is_a_sentence(checkpoints, tmp_path, config, said):
+    _peft_model(checkpoints["air"], target_modules=["q_proj"]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=said):
+        Merged(open_model(checkpoints["air"]), tmp_path)

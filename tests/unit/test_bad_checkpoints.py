@@ -164,6 +164,21 @@ def test_verify_of_one_directory_needs_hashes(broken, cli):
     assert code == 2 and "no glm45_tune.json with hashes" in err
 
 
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type is 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_what_the_model_would_compute_otherwise_is_refused(broken, more, said):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | more))
+    with pytest.raises(CheckpointError, match=said):
+        open_model(broken)
+
+
 def test_configs_of_later_releases_go_the_same_road(checkpoints, broken, tmp_path):
     """GLM-4.6 and 4.7: longer context, rotary keys nested as transformers 5 writes them, more eos; Base: no chat template."""
     config = json.loads((broken / "config.json").read_text())
