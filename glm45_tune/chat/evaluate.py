@@ -62,6 +62,7 @@ def check_output(output: Path | None) -> None:
 
 
 def write_scores(output: Path, document: str) -> None:
+    """Raises UserError where the file cannot be written after all, as on a full disk."""
     try:
         output.write_text(document + "\n", encoding="utf-8")
     except OSError as error:

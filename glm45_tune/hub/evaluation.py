@@ -9,19 +9,18 @@ from glm45_tune.chat.model import ChatModel
 from glm45_tune.conversion.adapter import write_peft
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.mcore_files import McoreDir
-from glm45_tune.conversion.outdir import MARKER
+from glm45_tune.conversion.outdir import MARKER, read_marker
 from glm45_tune.conversion.stream import to_hf
 from glm45_tune.conversion.tensors import HfReader, fingerprint
 from glm45_tune.hub.card import EVALUATION
 from glm45_tune.hub.export import Trained, checkpoint_of, facts_of, step_of, trained_on
 from glm45_tune.recipe import LoraConfig, Recipe
-from glm45_tune.training.run_directory import RECIPE_FILE, RUN_FILE
+from glm45_tune.training.run_directory import RECIPE_FILE
 
 
 def is_run(path: Path) -> bool:
     """Does `path` hold a run rather than a model?"""
-    marker = path / RUN_FILE
-    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("kind") == "run"
+    return (read_marker(path) or {}).get("kind") == "run"
 
 
 def evaluate_run(

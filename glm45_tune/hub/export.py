@@ -1,6 +1,5 @@
 """From a run to a model directory: the adapter merged into its base, fully trained weights, or the adapter alone."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from glm45_tune.conversion.fp8 import Quantized
 from glm45_tune.conversion.hf_files import TOKENIZER_FILES
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import mtp_copies
-from glm45_tune.conversion.outdir import check_free
+from glm45_tune.conversion.outdir import check_free, read_marker
 from glm45_tune.conversion.stream import open_model, to_hf
 from glm45_tune.conversion.tensors import ALL, HfReader, fingerprint
 from glm45_tune.errors import CheckpointError
@@ -101,12 +100,14 @@ def export(
 
 
 def facts_of(run: Path) -> dict:
-    """What a run's glm45_tune.json says. Raises CheckpointError where there is none."""
+    """What a run's glm45_tune.json says. Raises CheckpointError where there is none, or it is damaged."""
     if not (run / RUN_FILE).is_file():
         raise CheckpointError(f"{run}: no {RUN_FILE} here; not a run of ours.")
-    facts = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    if facts.get("kind") != "run":
+    facts = read_marker(run)
+    if facts and facts.get("kind") != "run":
         raise CheckpointError(f"{run}: holds a {facts.get('kind')!r}, not a run.")
+    if not facts or not {"model", "fingerprint", "lora"} <= set(facts):
+        raise CheckpointError(f"{run / RUN_FILE}: is damaged: it does not say what was trained.")
     return facts
 
 

@@ -1,7 +1,6 @@
 """Put a model directory on a hub: only what changed, as often as it takes, read back and compared by hash."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -148,8 +147,7 @@ def _read_back(hub: Hub, files: list[LocalFile], tick: Tick) -> None:
 
 
 def _message(directory: Path) -> str:
-    marker = directory / MARKER
-    facts = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    facts = read_marker(directory) or {}
     return f"Upload {directory.resolve().name}" + (f" (step {facts['step']})" if "step" in facts else "")
 
 

@@ -48,7 +48,11 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
     rows = _lines(run / "metrics.jsonl")
     if not rows:
         raise UserError(f"{run}/metrics.jsonl: no step is done yet.")
-    facts = json.loads((run / "glm45_tune.json").read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((run / "glm45_tune.json").read_text(encoding="utf-8"))
+        facts["model"], facts["lora"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}/glm45_tune.json: is damaged ({error!r}): it does not say what was trained.") from error
     document = {
         "charts": _charts(rows),
         "layers": _table(rows, "moe/load/layer_"),

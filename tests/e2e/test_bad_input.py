@@ -132,6 +132,16 @@ def test_nothing_replaces_a_run_or_its_base(train, cli, tmp_path, checkpoints):
     assert list(run.glob("checkpoints/*/complete.json"))
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"kind": "run"}'])
+def test_a_damaged_marker_of_a_run_is_a_sentence(train, cli, tmp_path, damage):
+    assert train(overrides=["lora={}", "train.steps=1"])[0] == 0
+    run = tmp_path / "run"
+    (run / "glm45_tune.json").write_text(damage)
+    for command in (["export", run, "--output", tmp_path / "out"], ["report", run]):
+        code, _, err = cli(*command)
+        assert code == 2 and "glm45_tune.json: is" in err and "damaged" in err, err
+
+
 def test_nothing_is_replaced_that_holds_what_is_not_ours(cli, tmp_path, checkpoints):
     """The source of a conversion, a run or somebody's notes inside an earlier result."""
     earlier = tmp_path / "earlier"

@@ -281,6 +281,27 @@ def test_a_signal_saves_and_ends_with_75(run, tmp_path, monkeypatch):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_an_adapter_of_an_earlier_end_is_gone_when_its_run_goes_on(run, tmp_path, monkeypatch, cli, checkpoints):
+    assert run("train.steps=1")[0] == 0
+    adapter = tmp_path / "run" / "adapter" / "adapter_config.json"
+    assert adapter.is_file()
+    assert run("train.steps=1")[0] == 0 and adapter.is_file()
+    train_step = Supervised.train_step
+    told = [signal.SIGTERM]
+
+    def signalled(self, step):
+        if told:
+            os.kill(os.getpid(), told.pop())
+        return train_step(self, step)
+
+    monkeypatch.setattr(Supervised, "train_step", signalled)
+    assert run("train.steps=3")[0] == 75 and not adapter.exists()
+    merge = ("convert", "--to-hf", "--model", checkpoints["air"], "--adapter", tmp_path / "run", "--output", tmp_path / "hf")
+    code, _, err = cli(*merge)
+    assert code == 2 and "has no adapter yet" in err
+    assert run("train.steps=3")[0] == 0 and cli(*merge)[0] == 0
+
+
 def test_the_same_prompts_are_answered_before_and_after(run, tmp_path, cli):
     """logging.num_samples; the losses of a run that keeps none; the report shows both."""
     code, said = run("logging.num_samples=2")
