@@ -127,7 +127,7 @@ def resumable(output: str | Path, kind: str, *inputs: str | Path, job: object, *
     output = Path(output)
     if output.is_symlink():
         output = output.resolve()  # what it points to is replaced, and the link stays
-    if not output.name:
+    if output.name in ("", ".."):
         raise UserError(f"{output}: a directory is not replaced from inside. Name the output by its path from elsewhere.")
     check_free(output, kind, *inputs)
     versions = {"glm45_tune": glm45_tune.__version__, "torch": importlib.metadata.version("torch")}

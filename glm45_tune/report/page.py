@@ -50,7 +50,7 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
         raise UserError(f"{run}/metrics.jsonl: no step is done yet.")
     try:
         facts = json.loads((run / "glm45_tune.json").read_text(encoding="utf-8"))
-        facts["model"], facts["lora"]
+        told = _facts(rows, facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}/glm45_tune.json: is damaged ({error!r}): it does not say what was trained.") from error
     document = {
@@ -61,7 +61,7 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
     page = _TEMPLATE.read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(run.resolve().name),
-        "FACTS": _facts(rows, facts),
+        "FACTS": told,
         "EVALUATION": _evaluation(run / "eval.json"),
         "SAMPLES": _samples(run / "samples.jsonl"),
         "RECIPE": html.escape((run / "recipe.yaml").read_text(encoding="utf-8")),
