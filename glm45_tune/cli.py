@@ -43,7 +43,9 @@ class Mtp(str, Enum):
 
 Fp8Option = Annotated[
     Fp8 | None,
-    typer.Option(help="Write FP8 weights: a scale a channel (compressed-tensors), or a 128×128 block (DeepSeek's layout)."),
+    typer.Option(
+        help="Write FP8 weights: a scale a channel (compressed-tensors), or a 128×128 block (DeepSeek's layout)."
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Processes that share the work; as many as the size is worth by default.")
@@ -59,7 +61,9 @@ def _say(text: str) -> None:
 @app.command()
 def tiny(
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
-    like: Annotated[Like, typer.Option(help="Which model's shape: Air's, or 355B's (qk-norm, 3 dense layers).")] = Like.air,
+    like: Annotated[
+        Like, typer.Option(help="Which model's shape: Air's, or 355B's (qk-norm, 3 dense layers).")
+    ] = Like.air,
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With a multi-token-prediction layer.")] = True,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed, other weights.")] = 0,
     fp8: Fp8Option = None,
@@ -77,12 +81,16 @@ def convert(
     output: Annotated[Path, typer.Option(help="Directory to write; appears when it is whole.")],
     to_mcore: Annotated[bool, typer.Option("--to-mcore", help="Hugging Face → megatron torch_dist.")] = False,
     to_hf: Annotated[bool, typer.Option("--to-hf", help="megatron torch_dist → Hugging Face.")] = False,
-    dialect: Annotated[Dialect, typer.Option(help="Of --to-mcore: HybridModel's names, or GPTModel's.")] = Dialect.hybrid,
+    dialect: Annotated[
+        Dialect, typer.Option(help="Of --to-mcore: HybridModel's names, or GPTModel's.")
+    ] = Dialect.hybrid,
     adapter: Annotated[
         Path | None, typer.Option(help="Of --to-hf: a PEFT adapter, or a run that made one, to merge in.")
     ] = None,
     fp8: Fp8Option = None,
-    mtp: Annotated[Mtp, typer.Option(help="off: leave the MTP layer out and write num_nextn_predict_layers 0.")] = Mtp.on,
+    mtp: Annotated[
+        Mtp, typer.Option(help="off: leave the MTP layer out and write num_nextn_predict_layers 0.")
+    ] = Mtp.on,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back and compare every byte.")] = True,
     workers: Workers = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -209,7 +217,9 @@ def data(
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML). Of the model, only config.json is read.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top, such as data.seq_length=16384.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value on top, such as data.seq_length=16384.")
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="Kind of card: h20, h100, h200, a100, a800, b200, cpu, or described. All, if left out."),
@@ -283,8 +293,12 @@ def push(
     to: Annotated[str, typer.Option(help="hf:ORG/NAME (Hugging Face) or ms:ORG/NAME (ModelScope).")],
     revision: Annotated[str | None, typer.Option(help="Branch to push to; the hub's main one by default.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is for everybody; private by default.")] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read what was sent back and compare hashes.")] = True,
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is for everybody; private by default.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read what was sent back and compare hashes.")
+    ] = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Put a model on a hub: only files that changed; the same command again goes on. The token is the hub's own login's."""
@@ -312,7 +326,9 @@ def report(
 
 @app.command()
 def chat(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face directory; of a server, the name it serves.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face directory; of a server, the name it serves.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to put on top.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this one question and end.")] = None,
@@ -321,7 +337,9 @@ def chat(
         str | None, typer.Option(help="URL of a vLLM or SGLang to ask instead of a model in this process.")
     ] = None,
     tools: Annotated[Path | None, typer.Option(help="JSON file with tool definitions.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")
+    ] = None,
 ) -> None:
     """Talk with a model; answers stream, /help lists what else can be typed. An empty line or Ctrl-D ends."""
     from glm45_tune.chat.talk import talk
@@ -331,15 +349,21 @@ def chat(
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Hugging Face directories, or runs: base and tuned side by side.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Hugging Face directories, or runs: base and tuned side by side.")
+    ],
     data: Annotated[
         list[Path], typer.Option(help="JSONL of conversations; the last answer is what is wanted. May be repeated.")
     ],
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to put on top of each.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; the last complete one by default.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Of a run: which checkpoint; the last complete one by default.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write scores and every answer to this JSON file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -364,7 +388,9 @@ def evaluate(
         else:
             model = ChatModel(path, adapter, device_map)
             found = [("", *scored) for scored in asking.evaluate(model, questions, think, max_new_tokens).items()]
-        scores += [{"model": f"{path} {which}".strip(), "data": file, **score.document()} for which, file, score in found]
+        scores += [
+            {"model": f"{path} {which}".strip(), "data": file, **score.document()} for which, file, score in found
+        ]
     document = json.dumps(scores, ensure_ascii=False)
     if as_json:
         print(document)

@@ -56,7 +56,9 @@ def explain(faults: list[dict], recipe: type[BaseModel]) -> list[str]:
 def _place(fault: dict) -> tuple:
     """Without the kinds of value that pydantic tried there."""
     kinds = ("str", "SourceConfig")
-    return tuple(part for part in fault["loc"] if part not in kinds and not str(part).startswith(("list[", "function-")))
+    return tuple(
+        part for part in fault["loc"] if part not in kinds and not str(part).startswith(("list[", "function-"))
+    )
 
 
 def _sentence(place: tuple, faults: list[dict], recipe: type[BaseModel]) -> str:

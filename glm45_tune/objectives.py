@@ -175,7 +175,9 @@ class RLConfig(Section):
         if (self.kl_estimator == "none") != (self.kl_coef == 0):
             raise ValueError("kl_estimator and kl_coef go together: give both or neither")
         if self.overlong_buffer >= self.max_new_tokens:
-            raise ValueError(f"overlong_buffer {self.overlong_buffer} is not below max_new_tokens {self.max_new_tokens}")
+            raise ValueError(
+                f"overlong_buffer {self.overlong_buffer} is not below max_new_tokens {self.max_new_tokens}"
+            )
         if self.max_turns > 1 and self.tools is None:
             raise ValueError("max_turns above 1 needs tools, the function that answers the turns")
         if self.staleness:

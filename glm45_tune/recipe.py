@@ -113,7 +113,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _streams(self):
         if self.streaming and self.eval_ratio:
-            raise ValueError("streaming cannot hold a share of rows out; name held-out files in eval instead of eval_ratio")
+            raise ValueError(
+                "streaming cannot hold a share of rows out; name held-out files in eval instead of eval_ratio"
+            )
         if self.streaming and any(re.search(r"#\d+$", source.path) for source in sources_of(self.train)):
             raise ValueError("streaming cannot take a sample of a source (PATH#N); give the path alone and a weight")
         return self
@@ -342,7 +344,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _an_adapter_is_all_that_lora_trains(self):
         if self.lora is not None and self.train.freeze:
-            raise ValueError("train.freeze is of full fine-tuning: LoRA freezes every weight; narrow lora.target_modules")
+            raise ValueError(
+                "train.freeze is of full fine-tuning: LoRA freezes every weight; narrow lora.target_modules"
+            )
         if self.lora is not None and self.model.moe_router_bias_update_rate:
             raise ValueError(
                 "model.moe_router_bias_update_rate moves router biases, which an adapter cannot carry; set it to 0 or leave "

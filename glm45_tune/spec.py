@@ -56,25 +56,7 @@ class ModelSpec:
     @classmethod
     def from_config(cls, config: dict, where: str) -> "ModelSpec":
         """Build from a parsed config.json. `where` names it in errors. Raises CheckpointError."""
-        if config.get("model_type") != "glm4_moe":
-            raise CheckpointError(
-                f'{where}: model_type is {config.get("model_type")!r}; allowed: "glm4_moe" '
-                "(GLM-4.5, GLM-4.5-Air, 4.6, 4.7 and their Base releases)."
-            )
-        if config.get("tie_word_embeddings"):
-            raise CheckpointError(f"{where}: tie_word_embeddings is true; GLM-4.5 checkpoints keep a head of their own.")
-        if not config.get("norm_topk_prob", True):
-            raise CheckpointError(f"{where}: norm_topk_prob is false; only true (as in every GLM-4.5 release) is known.")
-        flat = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
-        for key in ("rope_parameters", "rope_scaling"):
-            if not isinstance(nested := config.get(key) or {}, dict):
-                raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
-            flat |= nested
-        # older files call it type
-        if (kind := flat.get("rope_type", flat.get("type", "default"))) != "default":
-            raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
-        if (activation := config.get("hidden_act", "silu")) != "silu":
-            raise CheckpointError(f"{where}: hidden_act is {activation!r}; allowed: silu.")
+        flat = _flat(config, where)
         number = partial(_number, flat, where)
         eos = config.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
@@ -106,12 +88,38 @@ class ModelSpec:
             eos_token_ids=tuple(eos),
         )
         if heads % groups:
-            raise CheckpointError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}.")
+            raise CheckpointError(
+                f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}."
+            )
         if spec.moe_router_topk > spec.num_moe_experts:
             raise CheckpointError(
                 f"{where}: num_experts_per_tok {spec.moe_router_topk} exceeds n_routed_experts {spec.num_moe_experts}."
             )
         return spec
+
+
+def _flat(config: dict, where: str) -> dict:
+    """The config with its rotary keys at the top, after a look at everything that is not ours to compute."""
+    if config.get("model_type") != "glm4_moe":
+        raise CheckpointError(
+            f'{where}: model_type is {config.get("model_type")!r}; allowed: "glm4_moe" '
+            "(GLM-4.5, GLM-4.5-Air, 4.6, 4.7 and their Base releases)."
+        )
+    if config.get("tie_word_embeddings"):
+        raise CheckpointError(f"{where}: tie_word_embeddings is true; GLM-4.5 checkpoints keep a head of their own.")
+    if not config.get("norm_topk_prob", True):
+        raise CheckpointError(f"{where}: norm_topk_prob is false; only true (as in every GLM-4.5 release) is known.")
+    flat = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(nested := config.get(key) or {}, dict):
+            raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
+        flat |= nested
+    # older files call it type
+    if (kind := flat.get("rope_type", flat.get("type", "default"))) != "default":
+        raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise CheckpointError(f"{where}: hidden_act is {activation!r}; allowed: silu.")
+    return flat
 
 
 def _number(config: dict, where: str, key: str, kind: type = int, least: int = 1, default: float | None = None):
@@ -128,13 +136,17 @@ def read_config(directory: str | Path) -> dict:
     """The parsed config.json of a checkpoint directory, HF or mcore. Raises CheckpointError."""
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory}: no such directory. Give the folder of a downloaded or converted checkpoint.")
+        raise CheckpointError(
+            f"{directory}: no such directory. Give the folder of a downloaded or converted checkpoint."
+        )
     if not path.is_file() and (Path(directory) / "recipe.yaml").is_file():
         raise CheckpointError(
             f"{directory}: a run, not a model. Make one of it first: glm45-tune export {directory} --output MODEL"
         )
     if not path.is_file():
-        raise CheckpointError(f"{directory}: no config.json here. Give the folder of a downloaded or converted checkpoint.")
+        raise CheckpointError(
+            f"{directory}: no config.json here. Give the folder of a downloaded or converted checkpoint."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

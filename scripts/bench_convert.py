@@ -165,7 +165,9 @@ def export(root: Path, workers: int, num_layers: int, num_experts: int) -> None:
     size = write_checkpoint(root / "hf", num_layers, num_experts)
     print(f"{size / 1e9:.1f} GB, {workers} workers, {settle()}")
     rates = []
-    for number, ends in enumerate((("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"), ("_proj.weight",))):
+    for number, ends in enumerate(
+        (("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"), ("_proj.weight",))
+    ):
         rates.append(timed("cp -r", size, lambda: subprocess.run(["cp", "-r", root / "hf", root / "copy"], check=True)))
         shutil.rmtree(root / "copy")
         base = open_model(root / "hf")
@@ -194,7 +196,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--export", action="store_true", help="a merged export instead of conversion")
-    parser.add_argument("--memory", action="store_true", help="memory of a worker at 4 and at 8 layers instead of speed")
+    parser.add_argument(
+        "--memory", action="store_true", help="memory of a worker at 4 and at 8 layers instead of speed"
+    )
     options = parser.parse_args()
     root = options.directory / "bench_convert"
     root.mkdir(parents=True)

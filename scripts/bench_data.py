@@ -82,7 +82,8 @@ class Peak:
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 print(
-                    f"  {said - begun:.0f} s: {self.rows:,} rows, {self.own:.0f} MiB, a worker {self.worker:.0f}", flush=True
+                    f"  {said - begun:.0f} s: {self.rows:,} rows, {self.own:.0f} MiB, a worker {self.worker:.0f}",
+                    flush=True,
                 )
             self.own = max(self.own, anonymous() - self.start)
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():

@@ -18,7 +18,9 @@ def main() -> None:
     from swift.model import get_processor
     from swift.template import get_template
 
-    template = get_template(get_processor(model, model_type="glm4_moe"), max_length=int(seq_length), template_type="glm4_5")
+    template = get_template(
+        get_processor(model, model_type="glm4_moe"), max_length=int(seq_length), template_type="glm4_5"
+    )
     template.set_mode("train")
     started = time.perf_counter()
     rows, _ = load_dataset([file], num_proc=1, load_from_cache_file=False, shuffle=False, remove_unused_columns=False)
@@ -37,7 +39,11 @@ def main() -> None:
     with open(out, "w", encoding="utf-8") as handle:
         json.dump(kept, handle)
     fill = sum(lengths) / (len(packed) * int(seq_length))
-    print(json.dumps({"seconds": rendering, "packing": packing, "fill": fill, "kept": len(encoded), "tokens": sum(lengths)}))
+    print(
+        json.dumps(
+            {"seconds": rendering, "packing": packing, "fill": fill, "kept": len(encoded), "tokens": sum(lengths)}
+        )
+    )
 
 
 if __name__ == "__main__":

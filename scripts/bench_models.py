@@ -62,7 +62,9 @@ class Ours:
     """GLM45Model under LoRA r 32 on every linear, any of which can be laid aside, or trained whole."""
 
     def __init__(self, depth: int, lora: bool = True, r: int = 32):
-        self.model = GLM45Model(dataclasses.replace(AIR, num_layers=depth), Layout(), ModelOptions(torch.bfloat16)).cuda()
+        self.model = GLM45Model(
+            dataclasses.replace(AIR, num_layers=depth), Layout(), ModelOptions(torch.bfloat16)
+        ).cuda()
         if lora:
             attach(self.model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), seed=1)
         randomise(self.model)

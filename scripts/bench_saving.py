@@ -87,7 +87,9 @@ def main() -> None:
         ratio = statistics.median(one / other for one, other in zip(ones, others))
         mean = sum(ones) / sum(others)
         print(f"a step {name}: {ratio:.3f} of one alone (median of {len(ones)} turns; all together {mean:.3f})")
-    print(f"a step alone: {statistics.median(apart):.3f} s; a checkpoint: {size / 1e6:.0f} MB; training stands still for")
+    print(
+        f"a step alone: {statistics.median(apart):.3f} s; a checkpoint: {size / 1e6:.0f} MB; training stands still for"
+    )
     print(
         f"{statistics.median(pauses[WARM_UP:]):.3f} s; a step and the rest of the writing: {statistics.median(writes[WARM_UP:]):.3f} s"
     )

@@ -148,10 +148,14 @@ def profile(model: Ours, row) -> None:
         host[depth] = model.enqueue(*row)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             steps, _ = run_for(SECONDS, step, row)
-        found[depth] = {e.key: (e.self_device_time_total / steps / 1e3, e.count / steps) for e in profiler.key_averages()}
+        found[depth] = {
+            e.key: (e.self_device_time_total / steps / 1e3, e.count / steps) for e in profiler.key_averages()
+        }
     layers = DEEP - SHALLOW
     a_layer = {
-        key: tuple((deep - shallow) / layers for deep, shallow in zip(found[DEEP][key], found[SHALLOW].get(key, (0, 0))))
+        key: tuple(
+            (deep - shallow) / layers for deep, shallow in zip(found[DEEP][key], found[SHALLOW].get(key, (0, 0)))
+        )
         for key in found[DEEP]
     }
     for key, (ms, calls) in sorted(a_layer.items(), key=lambda item: -item[1][0])[:48]:

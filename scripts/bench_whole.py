@@ -80,7 +80,13 @@ def row_of(tokens: int, packed: bool, vocab_size: int, seed: int, trained: float
         weights[0, last - 1 - round(trained * (last - 1 - first)) : last - 1] = 1.0
     owners = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.tensor(bounds).diff())
     return Batch(
-        ids, positions_of(bounds, "cpu"), bounds, ids.roll(-1)[None], weights, sequence=owners, num_samples=len(bounds) - 1
+        ids,
+        positions_of(bounds, "cpu"),
+        bounds,
+        ids.roll(-1)[None],
+        weights,
+        sequence=owners,
+        num_samples=len(bounds) - 1,
     )
 
 
@@ -132,7 +138,9 @@ def outside(trainer, step) -> float:
     hooks.append(decoder.register_forward_hook(after_forward))
     for parameter in decoder.layers[0].parameters():
         if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends")))  # the last counts
+            hooks.append(
+                parameter.register_post_accumulate_grad_hook(lambda _: mark("backward ends"))
+            )  # the last counts
     mark("step begins")
     step()
     mark("step ends")
@@ -161,7 +169,9 @@ def main() -> None:
     parser.add_argument("--row", default="packed", choices=["packed", "one"])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=1, help="rows a rank and step")
-    parser.add_argument("--trained", type=float, default=1.0, help="share of a document's tokens whose prediction counts")
+    parser.add_argument(
+        "--trained", type=float, default=1.0, help="share of a document's tokens whose prediction counts"
+    )
     parser.add_argument("--recompute-layers", default="0", help="the first layers, wholly; or auto")
     parser.add_argument(
         "--rest", nargs="*", default=[], help="recompute_modules of the other layers: attention, moe, core_attn"

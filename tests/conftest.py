@@ -53,7 +53,11 @@ def corpus(tmp_path_factory):
     for number in range(24):
         messages = [
             {"role": "user", "content": f"第{number}个问题。" + "The weather? " * (number % 5)},
-            {"role": "assistant", "content": "答案 " * (1 + number % 7), "reasoning_content": "想一想。" * (number % 3)},
+            {
+                "role": "assistant",
+                "content": "答案 " * (1 + number % 7),
+                "reasoning_content": "想一想。" * (number % 3),
+            },
         ]
         if number % 4 == 0:
             messages += [{"role": "user", "content": "再说。"}, {"role": "assistant", "content": f"好的 {number}。"}]

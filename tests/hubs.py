@@ -87,7 +87,9 @@ class LoopbackHub:
                     hub.requests.append((request.method, request.path))
                     found = hub.faults(request)
                     if found is None:
-                        authorised = TOKEN in request.headers.get("authorization", "") or "/lfs-storage/" in request.path
+                        authorised = (
+                            TOKEN in request.headers.get("authorization", "") or "/lfs-storage/" in request.path
+                        )
                         found = hub.answer(request) if authorised else hub.refuse_token()
                 if found is CUT:
                     self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
@@ -343,7 +345,13 @@ class ModelScopeHub(LoopbackHub):
 
     def listed(self, files: dict[str, bytes]):
         entries = [
-            {"Path": path, "Name": path, "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest(), "Type": "blob"}
+            {
+                "Path": path,
+                "Name": path,
+                "Size": len(content),
+                "Sha256": hashlib.sha256(content).hexdigest(),
+                "Type": "blob",
+            }
             for path, content in sorted(files.items())
         ]
         return 200, {"Code": 200, "Data": {"Files": entries}, "Success": True}

@@ -126,7 +126,9 @@ def _function(tool: dict) -> dict:
 
 
 def _parameters(name: str, tools: list | None) -> dict:
-    return next((_function(tool).get("parameters") or {} for tool in tools or [] if _function(tool).get("name") == name), {})
+    return next(
+        (_function(tool).get("parameters") or {} for tool in tools or [] if _function(tool).get("name") == name), {}
+    )
 
 
 class Splitter:

@@ -114,7 +114,11 @@ def hash_of(source: str) -> str | None:
     for file in files_of(path):
         with open(file, "rb") as handle:
             digests.append(hashlib.file_digest(handle, "sha256"))
-    return digests[0].hexdigest() if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+    return (
+        digests[0].hexdigest()
+        if len(digests) == 1
+        else hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+    )
 
 
 def evaluate(
@@ -173,7 +177,9 @@ def _row(question: Question, answer: Answer) -> dict:
         {"name": call.name, "arguments": typed(call, question.tools), "fault": fault_of(call, question.tools)}
         for call in answer.calls
     ]
-    same_calls = [(c["name"], c["arguments"]) for c in said] == [(c["name"], c["arguments"]) for c in question.wanted_calls]
+    same_calls = [(c["name"], c["arguments"]) for c in said] == [
+        (c["name"], c["arguments"]) for c in question.wanted_calls
+    ]
     return {
         "question": question.messages[-1]["content"],
         "wanted": question.wanted,

@@ -42,8 +42,14 @@ class ChatModel:
             raise UserError(f"{model}: {NO_TEMPLATE}.")
         device_map = device_map or ("auto" if torch.cuda.is_available() else None)
         try:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(str(model), dtype="auto", device_map=device_map)
-        except (ValueError, RuntimeError, ImportError) as error:  # a library that its quantization needs may not be here
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(model), dtype="auto", device_map=device_map
+            )
+        except (
+            ValueError,
+            RuntimeError,
+            ImportError,
+        ) as error:  # a library that its quantization needs may not be here
             raise UserError(
                 f"{model}: cannot be loaded (device_map {device_map}): {str(error).strip().splitlines()[0]}"
             ) from error
@@ -97,7 +103,9 @@ class ChatModel:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with ThreadPoolExecutor(1) as worker:
             written = worker.submit(self.generate, [prompt], max_new_tokens, streamer=streamer)
-            written.add_done_callback(lambda _: streamer.end())  # whoever reads the pieces does not wait for what failed
+            written.add_done_callback(
+                lambda _: streamer.end()
+            )  # whoever reads the pieces does not wait for what failed
             yield from streamer
             written.result()
 

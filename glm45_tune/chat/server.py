@@ -37,7 +37,13 @@ class Server:
         self, messages: list[dict], think: bool | None, tools: list | None, max_new_tokens: int
     ) -> Iterator[tuple[str, str]]:
         """("thought" | "content", text) as it is written, and of each call, whole, ("call", JSON of its name and arguments)."""
-        asked = {"model": self.model, "messages": messages, "stream": True, "max_tokens": max_new_tokens, "temperature": 0}
+        asked = {
+            "model": self.model,
+            "messages": messages,
+            "stream": True,
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+        }
         if think is not None:
             asked["chat_template_kwargs"] = {"enable_thinking": think}
         if tools:

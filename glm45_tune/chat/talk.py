@@ -98,7 +98,8 @@ class Remote:
 
 def _on_the_wire(message: dict) -> dict:
     calls = [
-        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        call
+        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
         for call in message.get("tool_calls", [])
     ]
     return message | ({"tool_calls": calls} if calls else {})

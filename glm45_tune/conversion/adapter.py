@@ -194,7 +194,9 @@ class Merged:
     def _read_config(self) -> dict:
         path = self._directory / CONFIG
         if not path.is_file() and (self._directory / "adapter" / CONFIG).is_file():
-            raise CheckpointError(f"{self._directory}: a run, not an adapter; its adapter is {self._directory / 'adapter'}.")
+            raise CheckpointError(
+                f"{self._directory}: a run, not an adapter; its adapter is {self._directory / 'adapter'}."
+            )
         if (read_marker(self._directory) or {}).get("kind") == "run":
             raise CheckpointError(
                 f"{self._directory}: has no adapter yet: the run is not done, or trained all weights. `glm45-tune export` takes its "

@@ -54,9 +54,13 @@ class InputFile:
             try:
                 count = os.preadv(self._descriptor, [buffer[filled:]], start + filled)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read at byte {start + filled}: {error.strerror}.") from error
+                raise CheckpointError(
+                    f"{self.path}: cannot be read at byte {start + filled}: {error.strerror}."
+                ) from error
             if not count:
-                raise CheckpointError(f"{self.path}: ends at byte {start + filled}, in the middle of a tensor. Is it whole?")
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {start + filled}, in the middle of a tensor. Is it whole?"
+                )
             filled += count
         if _passing.get():
             os.posix_fadvise(self._descriptor, start, filled, os.POSIX_FADV_DONTNEED)

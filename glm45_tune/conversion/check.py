@@ -20,7 +20,9 @@ def check_tensors(source: HfReader) -> None:
             f"{where}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are). {_why(source)}"
         )
     if unknown:
-        raise CheckpointError(f"{where}: no place in a GLM-4.5 model for {unknown[0]} ({len(unknown)} such). {_why(source)}")
+        raise CheckpointError(
+            f"{where}: no place in a GLM-4.5 model for {unknown[0]} ({len(unknown)} such). {_why(source)}"
+        )
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise CheckpointError(f"{where}: {name} has shape {source.shape(name)}; config.json makes it {shape}.")
@@ -41,7 +43,10 @@ def _why(source: HfReader) -> str:
     counted = {
         "num_hidden_layers": (spec.num_layers, len(layers - mtp)),
         "num_nextn_predict_layers": (spec.mtp_num_layers, len(mtp)),
-        "first_k_dense_replace": (spec.num_dense_layers, len(_numbers(names, r"model\.layers\.(\d+)\.mlp\.gate_proj\."))),
+        "first_k_dense_replace": (
+            spec.num_dense_layers,
+            len(_numbers(names, r"model\.layers\.(\d+)\.mlp\.gate_proj\.")),
+        ),
         "n_routed_experts": (spec.num_moe_experts, len(_numbers(names, r".*\.mlp\.experts\.(\d+)\."))),
     }
     wrong = {key: both for key, both in counted.items() if both[0] != both[1]}

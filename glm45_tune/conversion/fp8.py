@@ -52,7 +52,9 @@ def find_scales(config: dict | None, stored: dict[str, StoredTensor], where: Pat
     for name in weights:
         scale, shape = stored.get(name + suffix), stored[name].shape
         if scale is None or len(shape) != 2 or scale.dtype in (None, FP8):
-            raise CheckpointError(f"{where}: {name} is FP8 and has no {name.rpartition('.')[2]}{suffix} that can be read.")
+            raise CheckpointError(
+                f"{where}: {name} is FP8 and has no {name.rpartition('.')[2]}{suffix} that can be read."
+            )
         fitting = [(r or shape[0], c or shape[1]) for r, c in kinds if _fits(scale.shape, shape, r, c)]
         if not fitting:
             raise CheckpointError(
@@ -74,7 +76,10 @@ def _kinds(config: dict, what: str) -> tuple[str, list[tuple[int, int]]]:
     schemes = [group.get("weights") or {} for group in groups]
     strategies = {"channel": (1, 0), "tensor": (0, 0), "block": None}
     known = [
-        s.get("num_bits") == 8 and s.get("type") == "float" and s.get("symmetric", True) and s.get("strategy") in strategies
+        s.get("num_bits") == 8
+        and s.get("type") == "float"
+        and s.get("symmetric", True)
+        and s.get("strategy") in strategies
         for s in schemes
     ]
     if not schemes or not all(known):
@@ -119,7 +124,9 @@ class Quantized:
         self._suffix = "_scale" if layout == "channel" else "_scale_inv"
         self._weight_of = {name + self._suffix: name for name in self._quantized}
         self.names = [
-            each for name in base.names for each in ((name, name + self._suffix) if name in self._quantized else (name,))
+            each
+            for name in base.names
+            for each in ((name, name + self._suffix) if name in self._quantized else (name,))
         ]
 
     def __reduce__(self):

@@ -66,7 +66,9 @@ class McoreDir(TorchDistFiles):
         known = {name for row in table for name in (row.name(self.dialect), *row.alias_names(self.dialect))}
         for key in self.tensors:
             if key not in known and not key.startswith("optimizer."):
-                raise CheckpointError(f"{self.path}: no place in a GLM-4.5 model for {key}. Wrong model or a new release?")
+                raise CheckpointError(
+                    f"{self.path}: no place in a GLM-4.5 model for {key}. Wrong model or a new release?"
+                )
 
     def stamp(self) -> object:
         return [_stat(self.path / name) for name in ("config.json", ".metadata", *self.file_names)]

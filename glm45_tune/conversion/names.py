@@ -139,7 +139,9 @@ def rows(spec: ModelSpec) -> tuple[Row, ...]:
     """Every row of this model, MTP layers included."""
     attention = _ATTENTION + _QKV_BIAS * spec.add_qkv_bias + _QK_NORM * spec.qk_layernorm
     found = [
-        _row(spec, ("", ""), ("embedding.word_embeddings.weight", "copy", {"model.embed_tokens.weight": "V H"}, None), ""),
+        _row(
+            spec, ("", ""), ("embedding.word_embeddings.weight", "copy", {"model.embed_tokens.weight": "V H"}, None), ""
+        ),
         _row(spec, ("", ""), ("output_layer.weight", "copy", {"lm_head.weight": "V H"}, None), ""),
         Row(
             "decoder.final_norm.weight",

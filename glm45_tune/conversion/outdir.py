@@ -35,7 +35,9 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
         raise UserError(f"{output}: exists and is a file. Choose another output directory.")
     for path in map(Path, inputs):
         if path.resolve() in output.resolve().parents and "files" in (read_marker(path) or {}):
-            raise UserError(f"{output}: lies in {path}, which the result is made from. Choose another output directory.")
+            raise UserError(
+                f"{output}: lies in {path}, which the result is made from. Choose another output directory."
+            )
     if not output.is_dir() or not any(output.iterdir()):
         return
     for path in map(Path, inputs):
@@ -128,7 +130,9 @@ def resumable(output: str | Path, kind: str, *inputs: str | Path, job: object, *
     if output.is_symlink():
         output = output.resolve()  # what it points to is replaced, and the link stays
     if output.name in ("", ".."):
-        raise UserError(f"{output}: a directory is not replaced from inside. Name the output by its path from elsewhere.")
+        raise UserError(
+            f"{output}: a directory is not replaced from inside. Name the output by its path from elsewhere."
+        )
     check_free(output, kind, *inputs)
     versions = {"glm45_tune": glm45_tune.__version__, "torch": importlib.metadata.version("torch")}
     marker = {"kind": kind, "versions": versions, **facts, "files": {}}
@@ -137,7 +141,9 @@ def resumable(output: str | Path, kind: str, *inputs: str | Path, job: object, *
     path, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
     for beside in (path, old):
         if beside.exists() and read_marker(beside) is None and not (beside.is_dir() and not any(beside.iterdir())):
-            raise UserError(f"{beside}: is in the way and holds no {MARKER}, so it is not ours to remove. Move it away.")
+            raise UserError(
+                f"{beside}: is in the way and holds no {MARKER}, so it is not ours to remove. Move it away."
+            )
     try:
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path):

@@ -29,7 +29,9 @@ def open_model(path: str | Path) -> HfDir | McoreDir:
     if (path / INDEX).is_file() or (path / "model.safetensors").is_file() or not path.is_dir():
         return HfDir(path)
     if (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: config.json is here, but neither {INDEX} (HF) nor .metadata (megatron torch_dist).")
+        raise CheckpointError(
+            f"{path}: config.json is here, but neither {INDEX} (HF) nor .metadata (megatron torch_dist)."
+        )
     return HfDir(path)  # says what is missing
 
 
@@ -84,7 +86,9 @@ def to_mcore(
     facts = {"source": str(source.path), "dialect": dialect}
     with resumable(output, "mcore", source.path, job=source.stamp(), **facts) as staging:
         workers = workers or default_workers(total_bytes(source))
-        write_files(staging, source, plan_mcore(source, dialect) + plan_side_files(source), workers, allow_nonfinite, tick)
+        write_files(
+            staging, source, plan_mcore(source, dialect) + plan_side_files(source), workers, allow_nonfinite, tick
+        )
         if verify:
             _verify(source, McoreDir(staging.path), workers, tick)
 

@@ -93,6 +93,10 @@ def split_row(row: Row, merged: torch.Tensor) -> list[torch.Tensor]:
 def fingerprint(source: HfReader) -> str:
     """Tells models apart by their sizes and their final norm and first query weights, in either format; not by the directory."""
     digest = hashlib.sha256(repr(source.spec).encode())
-    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"):
+    for name in (
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    ):
         digest.update(source.read(name, 0, 64).contiguous().view(-1).float().numpy().tobytes())
     return digest.hexdigest()

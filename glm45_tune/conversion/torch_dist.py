@@ -128,7 +128,9 @@ class TorchDistFiles:
             view.seek(0)
             tensor = torch.load(view, map_location="meta", weights_only=True)
             self._plain_pickles[said] = (
-                (tuple(tensor.shape), tensor.dtype) == said[1:] and tensor.is_contiguous() and not tensor.storage_offset()
+                (tuple(tensor.shape), tensor.dtype) == said[1:]
+                and tensor.is_contiguous()
+                and not tensor.storage_offset()
             )
         view.seek(0)
         return archive.get_record_offset("data/0") if self._plain_pickles[said] else None

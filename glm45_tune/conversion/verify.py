@@ -81,7 +81,14 @@ def compare(a: HfReader, b: HfReader, tick: Tick = lambda size: None, workers: i
     report.bytes = sum(nbytes(a, name) for name in a.names)
     found = {name: f"only in {reader.path}" for names, reader in ((in_a - in_b, a), (in_b - in_a, b)) for name in names}
     common = {name: nbytes(a, name) for name in a.names if name in in_b}
-    each(_differences, (a, b), list(grouped(common, _TASK_BYTES)), workers, tick, lambda task, result: found.update(result))
+    each(
+        _differences,
+        (a, b),
+        list(grouped(common, _TASK_BYTES)),
+        workers,
+        tick,
+        lambda task, result: found.update(result),
+    )
     order = {name: number for number, name in enumerate([*a.names, *sorted(in_b - in_a)])}
     report.differences += [{"name": name, "what": found[name]} for name in sorted(found, key=order.__getitem__)]
     return report
@@ -116,7 +123,9 @@ def check_files(directory: Path, tick: Tick = lambda size: None, workers: int = 
     Raises CheckpointError where the directory keeps none.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory. Give the folder of a downloaded or converted checkpoint.")
+        raise CheckpointError(
+            f"{directory}: no such directory. Give the folder of a downloaded or converted checkpoint."
+        )
     marker = read_marker(directory)
     if marker is None or not marker.get("files"):
         raise CheckpointError(

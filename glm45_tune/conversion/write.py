@@ -96,7 +96,9 @@ def write_file(
             hashed = threads.submit(digest.update, data)
             output.write(data)
             written += len(data)
-            if not kept and isinstance(data, memoryview):  # the disk begins with what is new, and what it has is dropped
+            if not kept and isinstance(
+                data, memoryview
+            ):  # the disk begins with what is new, and what it has is dropped
                 behind = max(written - _WRITTEN_BEHIND, 0)
                 os.posix_fadvise(output.fileno(), behind, written - behind, os.POSIX_FADV_DONTNEED)
             hashed.result()

@@ -40,7 +40,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         names = ("tokens", "positions", "labels", "weights", "sequence")
-        moved = {name: tensor.to(device, non_blocking=True) for name in names if (tensor := getattr(self, name)) is not None}
+        moved = {
+            name: tensor.to(device, non_blocking=True) for name in names if (tensor := getattr(self, name)) is not None
+        }
         along = {name: values.to(device, non_blocking=True) for name, values in self.along.items()}
         return replace(self, **moved, along=along, share=self.share and self.share.to(device))
 
@@ -66,7 +68,11 @@ class Batch:
 
 
 def collate(
-    samples: list[Sample], num_predictions: int, multiple: int, pad_id: int, along: dict[str, list[np.ndarray]] | None = None
+    samples: list[Sample],
+    num_predictions: int,
+    multiple: int,
+    pad_id: int,
+    along: dict[str, list[np.ndarray]] | None = None,
 ) -> Batch:
     """Lay samples end to end; a document of padding makes the length a multiple of `multiple` (tensor ranks cut it evenly).
 
@@ -98,7 +104,9 @@ def _along(values: list[np.ndarray], padding: int) -> torch.Tensor:
     """The samples' values end to end, each where the token it is of is predicted; 0 behind the last ones and in padding."""
     moved = [np.concatenate([value[1:], np.zeros_like(value[:1])]) for value in values]
     shape = values[0].shape[1:] if values else ()
-    return torch.from_numpy(np.concatenate([*moved, np.zeros((padding, *shape), values[0].dtype if values else np.float32)]))
+    return torch.from_numpy(
+        np.concatenate([*moved, np.zeros((padding, *shape), values[0].dtype if values else np.float32)])
+    )
 
 
 def _ahead(values: np.ndarray, count: int, fill) -> np.ndarray:

@@ -59,7 +59,9 @@ def load_tokenizer(directory: str | Path):
     from transformers import AutoTokenizer
 
     if not (Path(directory) / "tokenizer.json").is_file():
-        raise DataError(f"{directory}: no tokenizer.json here. A checkpoint's tokenizer files belong beside its weights.")
+        raise DataError(
+            f"{directory}: no tokenizer.json here. A checkpoint's tokenizer files belong beside its weights."
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
     for token in ROLE_TOKENS.values():
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
@@ -95,7 +97,9 @@ class ChatRenderer:
             return []
         try:
             without, prompt = (
-                self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=generation, **options)
+                self.tokenizer.apply_chat_template(
+                    question, tokenize=False, add_generation_prompt=generation, **options
+                )
                 for generation in (False, True)
             )
         except Exception as error:  # a template is a program and may raise anything
@@ -118,7 +122,9 @@ class ChatRenderer:
             kept = self._kept(row)
         except DataError as error:
             field = error.field and field_of(row, error.field)
-            located = DataError(f"{source}:{line}: " + (str(error).replace(error.field, field, 1) if field else str(error)))
+            located = DataError(
+                f"{source}:{line}: " + (str(error).replace(error.field, field, 1) if field else str(error))
+            )
             located.field = field
             raise located from None
         return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
@@ -150,7 +156,9 @@ class ChatRenderer:
             pieces = fit(tokens, limit, policy)
             trained = [piece for piece in pieces if piece.mask.any()]
             if len(tokens.ids) > limit:
-                counts[{"drop": "dropped", "truncate": "truncated", "split": "split"}[policy] if pieces else "dropped"] += 1
+                counts[
+                    {"drop": "dropped", "truncate": "truncated", "split": "split"}[policy] if pieces else "dropped"
+                ] += 1
                 counts["pieces that would train nothing"] += len(pieces) - len(trained)
             elif not trained:
                 raise DataError("nothing in this row would be trained: no assistant message in it says anything")
@@ -234,7 +242,9 @@ class ChatRenderer:
             )
         return starts, owners, roles
 
-    def _conversation(self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]) -> Tokens:
+    def _conversation(
+        self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]
+    ) -> Tokens:
         """trained: which messages' weights count."""
         ids, last, follows = self._ids(self._templated(messages, tools, thinking)), messages[-1], None
         if last["role"] == "assistant":  # what the engine would stop at; it follows, so it is learned
@@ -246,11 +256,15 @@ class ChatRenderer:
             if number in trained:
                 self._weigh(ids, mask, start + 1, end, messages[number]["weight"], thinking)
         users = [start for start, role in zip(starts, roles) if role == "user"]
-        head = users[0] if users and "assistant" not in roles[: roles.index("user")] else starts[0] if starts else len(ids)
+        head = (
+            users[0] if users and "assistant" not in roles[: roles.index("user")] else starts[0] if starts else len(ids)
+        )
         turns = [start for start in users if start >= head] or [head]
         return Tokens(np.array(ids, np.int32), mask, head, turns)
 
-    def _weigh(self, ids: list[int], mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None) -> None:
+    def _weigh(
+        self, ids: list[int], mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None
+    ) -> None:
         """Weight an assistant turn [first, end) and the token behind it, if that is one that ends a turn."""
         if ids[first : first + len(self._empty_think)] == self._empty_think:
             if thinking is False or not self.options.train_empty_think:
@@ -280,7 +294,9 @@ def _check_message(message: object, where: str) -> dict:
         raise DataError(f"is {type(message).__name__}; an object with role and content is expected", where)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLE_TOKENS:
-        raise DataError(f"is {json.dumps(role, ensure_ascii=False)}; allowed: {', '.join(ROLE_TOKENS)}", f"{where}.role")
+        raise DataError(
+            f"is {json.dumps(role, ensure_ascii=False)}; allowed: {', '.join(ROLE_TOKENS)}", f"{where}.role"
+        )
     if content is None:
         if role != "assistant":
             raise DataError("is null; only an assistant message may leave it out", f"{where}.content")

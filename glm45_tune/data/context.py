@@ -38,7 +38,9 @@ class Share:
 
 def shares(bounds: list[int], size: int, multiple: int) -> list[Share]:
     """Cut a row with these document edges over `size` ranks; each rank's number of tokens is a multiple of `multiple`."""
-    front: list[list[tuple[int, int, int]]] = [[] for _ in range(size)]  # rank → (document's first token, first, last + 1)
+    front: list[list[tuple[int, int, int]]] = [
+        [] for _ in range(size)
+    ]  # rank → (document's first token, first, last + 1)
     back: list[list[tuple[int, int, int]]] = [[] for _ in range(size)]
     for number, (first, last) in enumerate(zip(bounds, bounds[1:])):
         edges = [first + (last - first) * run // (2 * size) for run in range(2 * size + 1)]

@@ -35,7 +35,9 @@ def files_of(source: str) -> list[Path]:
     if not path.is_file():
         raise DataError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}.")
     if _kind(path) not in _SUFFIXES:
-        raise DataError(f"{path}: unknown kind of file; allowed: {', '.join(_SUFFIXES)}, also with {' or '.join(_PACKED)}.")
+        raise DataError(
+            f"{path}: unknown kind of file; allowed: {', '.join(_SUFFIXES)}, also with {' or '.join(_PACKED)}."
+        )
     return [path]
 
 
@@ -86,7 +88,9 @@ class _Zst(io.RawIOBase):
         return count
 
 
-def read_rows(path: Path, behind: int = 0, read: Callable[[int], object] = int) -> Iterator[tuple[int, dict | DataError]]:
+def read_rows(
+    path: Path, behind: int = 0, read: Callable[[int], object] = int
+) -> Iterator[tuple[int, dict | DataError]]:
     """(line, row) of a file, a DataError in place of a row that cannot be read. Lines count from 1; of .json and .parquet, rows.
 
     .csv has a header; of .txt the whole file is one text. behind: begin after this line. read: is told of bytes as they are read.
@@ -141,7 +145,10 @@ def _jsonl(file, behind: int) -> Iterator:
             try:
                 yield number, as_row(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
             except UnicodeDecodeError as error:
-                yield number, DataError(f"not UTF-8, which is expected: {error.reason} at byte {error.start} of the line")
+                yield (
+                    number,
+                    DataError(f"not UTF-8, which is expected: {error.reason} at byte {error.start} of the line"),
+                )
             except (ValueError, RecursionError) as error:
                 yield number, DataError(f"not JSON: {error}")
 
@@ -152,7 +159,9 @@ def _json(file) -> Iterator:
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from None
     if not isinstance(document, list):
-        raise DataError(f"it holds {type(document).__name__}; a list of rows is expected (or one row a line, as .jsonl)")
+        raise DataError(
+            f"it holds {type(document).__name__}; a list of rows is expected (or one row a line, as .jsonl)"
+        )
     for number, row in enumerate(document, start=1):
         yield number, as_row(row)
 

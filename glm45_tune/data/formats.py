@@ -124,7 +124,10 @@ _OTHER_KIND = {
     ): "has one answer; preference tuning compares two: chosen and rejected, or rejected_response beside it "
     "(loss kto also takes one with a label, where the first row and all others are such)",
     ("preference", "rl"): "has a prompt alone; preference tuning compares two answers: chosen and rejected",
-    ("labelled", "preference"): "is a pair, and the first row is one answer with a label; all rows are to be of one sort",
+    (
+        "labelled",
+        "preference",
+    ): "is a pair, and the first row is one answer with a label; all rows are to be of one sort",
     ("labelled", "rl"): "is a prompt without an answer; kto learns from answers with a label: the field completion",
     ("labelled", "sft"): "is plain text, which answers nothing; kto learns from answers with a label",
     ("rl", "sft"): "holds its answer; RL takes prompts: the field prompt alone, or messages with data.format rl",
@@ -237,7 +240,9 @@ def _front(row: dict, field: str | None = None) -> list:
     if field == "prompt" and not isinstance(row.get("prompt"), str):
         return _system(row) + _known(_list(row, "prompt"))
     if field is None:
-        raise DataError(f"is missing, and so are {', '.join(PROMPT_FIELDS[1:])}, which may stand in its place", "prompt")
+        raise DataError(
+            f"is missing, and so are {', '.join(PROMPT_FIELDS[1:])}, which may stand in its place", "prompt"
+        )
     question = _text(row, field)
     if field == "instruction":
         question = "\n".join(filter(None, (question, _text(row, "input"))))
@@ -272,7 +277,8 @@ def _both(row: dict) -> tuple[list, list]:
     form = format_of({key: value for key, value in row.items() if not key.startswith("rejected_")})
     if form not in _READERS:
         raise DataError(
-            "needs the chosen conversation beside it: messages, conversations, query and response, …", "rejected_response"
+            "needs the chosen conversation beside it: messages, conversations, query and response, …",
+            "rejected_response",
         )
     chosen = _READERS[form](row)
     front = chosen[

@@ -40,7 +40,9 @@ def pack(lengths: np.ndarray | list[int], row_length: int) -> Rows:
     same rows everywhere (ties go by index).
     """
     lengths = np.asarray(lengths, np.int64)
-    assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= row_length, "a sample is empty or longer than a row"
+    assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= row_length, (
+        "a sample is empty or longer than a row"
+    )
     order = np.argsort(-lengths, kind="stable")
     row_of = array("i")  # of each sample in `order`
     by_space: dict[int, list[int]] = {}  # free tokens → rows that have just that many

@@ -136,7 +136,11 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
     shown = {key: value for key, value in summary.items() if key != "lengths"}
     for key, value in shown.items():
         said = (
-            value if isinstance(value, str) else f"{value:.1%}" if key.endswith(("_share", "_ratio")) else f"{value:,.10g}"
+            value
+            if isinstance(value, str)
+            else f"{value:.1%}"
+            if key.endswith(("_share", "_ratio"))
+            else f"{value:,.10g}"
         )
         table.add_row(key.replace("_", " "), said)
     console.print(table)
@@ -163,7 +167,11 @@ def coloured(sample: Sample, tokenizer) -> Text:
     ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
     first = 0
     for position in range(1, len(ids) + 1):
-        if position < len(ids) and mask[position] == mask[first] and (ids[position] in special) == (ids[first] in special):
+        if (
+            position < len(ids)
+            and mask[position] == mask[first]
+            and (ids[position] in special) == (ids[first] in special)
+        ):
             continue
         style = TRAINED if mask[first] else CONTEXT
         style += f" {SPECIAL}" if ids[first] in special else ""

@@ -189,7 +189,9 @@ def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus
     # what a hub or a function yields has no content to know it by, and is rendered anew
     name = name_of(source.path)
     files = files_of(name) if Path(name).exists() else None
-    key = key_of(files, renderer.options, renderer.tokenizer, f"{renderer.kind} {source.path} {seed}") if files else None
+    key = (
+        key_of(files, renderer.options, renderer.tokenizer, f"{renderer.kind} {source.path} {seed}") if files else None
+    )
     if key:
         with locked(key):
             if stored(key) is None:

@@ -83,7 +83,9 @@ class Stream:
             self._count(made)
             samples = [sample for part in made for sample in part.samples()]
             if not samples:
-                raise DataError(f"of {self._options.streaming_window} rows (data.streaming_window) none can be trained.")
+                raise DataError(
+                    f"of {self._options.streaming_window} rows (data.streaming_window) none can be trained."
+                )
             for place, row in enumerate(self._packed(samples, start["window"])):
                 if place >= done:
                     yield start | {"row": place + 1}, row

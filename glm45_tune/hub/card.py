@@ -161,7 +161,9 @@ class Card:
         tokens = sum(line.get("train/tokens", 0) for line in metrics)
         found = {said: [line[key] for line in metrics if key in line] for key, said in _FIRST_TO_LAST.items()}
         moved = [f"{said} {values[0]:.4g} → {values[-1]:.4g}" for said, values in found.items() if values]
-        return f"{what}, {self._step} steps, {tokens:,.0f} tokens in {_clock(seconds)}. {', '.join(moved).capitalize()}."
+        return (
+            f"{what}, {self._step} steps, {tokens:,.0f} tokens in {_clock(seconds)}. {', '.join(moved).capitalize()}."
+        )
 
     def _data(self) -> dict:
         facts = self._facts.get("data") or {"train": [], "eval": []}
@@ -198,7 +200,8 @@ class Card:
                 shares = f"{score['exact']:.0%} | {score['non_thinking']:.0%} | {calls} | {score['perplexity']:.4g}"
                 lines.append(f"| {entry['data']} | {score['num_questions']} | {which} | {shares} |")
         hashes = ", ".join(
-            f"{entry['data']} is " + (f"sha256 `{entry['sha256']}`" if entry["sha256"] else "not a file") for entry in found
+            f"{entry['data']} is " + (f"sha256 `{entry['sha256']}`" if entry["sha256"] else "not a file")
+            for entry in found
         )
         modes = {entry["think"] for entry in found} - {None}
         thinking = " and ".join("on" if mode else "off" for mode in sorted(modes))
@@ -208,7 +211,11 @@ class Card:
 def _template(path: str | None) -> jinja2.Template:
     loader = jinja2.PackageLoader("glm45_tune.hub", "")
     environment = ImmutableSandboxedEnvironment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     if path is None:
         return environment.get_template("card.md")

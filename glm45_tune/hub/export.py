@@ -128,7 +128,9 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
         return found[-1]
     steps = {step_of(path): path for path in found}
     if step not in steps:
-        raise CheckpointError(f"{run}: no complete checkpoint of step {step}; complete ones: {', '.join(map(str, steps))}.")
+        raise CheckpointError(
+            f"{run}: no complete checkpoint of step {step}; complete ones: {', '.join(map(str, steps))}."
+        )
     return steps[step]
 
 

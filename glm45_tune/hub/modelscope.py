@@ -77,7 +77,9 @@ class ModelScope:
     def create(self, private: bool) -> None:
         if not self._exists:
             try:
-                self._ask(lambda: self._api.create_repo(self.repo, _MODEL, visibility="private" if private else "public"))
+                self._ask(
+                    lambda: self._api.create_repo(self.repo, _MODEL, visibility="private" if private else "public")
+                )
             except AlreadyExistsError:
                 self._exists = True
 

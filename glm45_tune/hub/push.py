@@ -103,7 +103,9 @@ def local_files(directory: Path) -> list[LocalFile]:
 
 def _push(hub: Hub, files: list[LocalFile], message: str, public: bool, verify: bool, tick: Tick) -> Pushed:
     if hub.visibility() == "public" and not public:
-        raise UserError(f"{hub.url}: is there and public. Say --public to push to it all the same, or choose another name.")
+        raise UserError(
+            f"{hub.url}: is there and public. Say --public to push to it all the same, or choose another name."
+        )
     hub.create(private=not public)
     changed = _changed(hub, files)
     commit = None
@@ -143,7 +145,9 @@ def _read_back(hub: Hub, files: list[LocalFile], tick: Tick) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         wrong = [file.name for file, right in zip(files, pool.map(is_right, files)) if not right]
     if wrong:
-        raise VerificationError(f"{hub.url}: {len(wrong)} of {len(files)} files came back different, such as {wrong[0]}.")
+        raise VerificationError(
+            f"{hub.url}: {len(wrong)} of {len(files)} files came back different, such as {wrong[0]}."
+        )
 
 
 def _message(directory: Path) -> str:

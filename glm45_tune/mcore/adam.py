@@ -79,7 +79,9 @@ class LeanAdamW(torch.optim.AdamW):
         for first in range(0, parameter.numel(), PIECE):
             piece = slice(first, first + PIECE)
             master, gradient = parameter.data[piece], parameter.grad[piece].float()
-            mean, square = (state[name][piece].to(parameter.device, torch.float, non_blocking=True) for name in self._dtypes)
+            mean, square = (
+                state[name][piece].to(parameter.device, torch.float, non_blocking=True) for name in self._dtypes
+            )
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             divisor = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])

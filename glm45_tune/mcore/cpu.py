@@ -104,7 +104,9 @@ def enter() -> None:
     # the tensor-parallel RNG tracker swaps the device generator: here the CPU generator is the device's
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.set_rng_state = mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.set_rng_state = mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(
+        state
+    )
     # expert tensor ranks exchange parts of different lengths; gloo's own collectives want equal ones
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)

@@ -176,7 +176,9 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
     moe_layer = TransformerLayerSubmodules(
         pre_mlp_layernorm=LayerNorm, mlp=partial(MoE, submodules=mlp), mlp_bda=get_bias_dropout_add
     )
-    mtp_layer = MultiTokenPredictionLayerSubmodules(enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear)
+    mtp_layer = MultiTokenPredictionLayerSubmodules(
+        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear
+    )
     return ModuleSpec(
         module=Stack,
         params=dict(recompute_method=options.recompute_method, recompute_num_layers=options.recompute_num_layers)
@@ -202,7 +204,9 @@ class GLM45Model(HybridModel):
     part of it; the last stage returns losses or logits.
     """
 
-    def __init__(self, spec: ModelSpec, layout: Layout, options: ModelOptions = ModelOptions(), vp_stage: int | None = None):
+    def __init__(
+        self, spec: ModelSpec, layout: Layout, options: ModelOptions = ModelOptions(), vp_stage: int | None = None
+    ):
         config = transformer_config(spec, layout, options)
         super().__init__(
             config,

@@ -99,7 +99,9 @@ class Norms:
             norms = torch.stack(torch._foreach_norm([gradient.float() for gradient in gradients])).double()
             squares.index_add_(0, torch.tensor(groups, device=squares.device), norms.square())
         dist.all_reduce(squares)
-        by_group = {name: math.sqrt(square) if square >= 0 else square for name, square in zip(GROUPS, squares.tolist())}
+        by_group = {
+            name: math.sqrt(square) if square >= 0 else square for name, square in zip(GROUPS, squares.tolist())
+        }
         return math.sqrt(sum(squares.tolist())), {name: by_group[name] for name in self._trained}
 
 

@@ -171,7 +171,9 @@ def _choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.backends.cudnn.benchmark = False
-        torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs a write of every new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # for finding bugs; costs a write of every new tensor
+        )
     torch.use_deterministic_algorithms(deterministic)
 
 

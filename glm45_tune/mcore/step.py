@@ -83,7 +83,9 @@ def model_options(recipe: Recipe) -> ModelOptions:
 class Trainer:
     """This rank's stages of the model with their gradients and optimizer. Every method is called by all ranks together."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, source: HfReader, enter: Callable[[str], None] = lambda phase: None):
+    def __init__(
+        self, recipe: Recipe, layout: Layout, source: HfReader, enter: Callable[[str], None] = lambda phase: None
+    ):
         """enter: told each phase of the work when it begins."""
         self.enter = enter
         enter("building the model and loading its weights")
@@ -120,7 +122,12 @@ class Trainer:
         """Of the last step, see StepResult."""
 
     def train(
-        self, batches: Iterable[Batch], num_microbatches: int, denominators: list[float], lr: float, num_channels: int = 0
+        self,
+        batches: Iterable[Batch],
+        num_microbatches: int,
+        denominators: list[float],
+        lr: float,
+        num_channels: int = 0,
     ) -> StepResult:
         """A step of supervised training. denominators: the global batch's total weight of each prediction.
 

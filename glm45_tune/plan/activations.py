@@ -243,7 +243,10 @@ def layer_terms(sizes: Sizes, is_moe: bool) -> list[Term]:
 def mtp_terms(sizes: Sizes) -> list[Term]:
     """What an MTP layer keeps beside its attention and experts: its two norms' inputs, eh_proj's, its last norm's."""
     both = 2 * sizes.gathered if sizes.is_full or sizes.tp == 1 else 0
-    return [Term("embedding, hidden, output", 3 * sizes.hidden, "enorm, hnorm, last norm"), Term("joined", both, "eh_proj")]
+    return [
+        Term("embedding, hidden, output", 3 * sizes.hidden, "enorm, hnorm, last norm"),
+        Term("joined", both, "eh_proj"),
+    ]
 
 
 def head_terms(sizes: Sizes) -> list[Term]:
@@ -257,7 +260,10 @@ def head_terms(sizes: Sizes) -> list[Term]:
 def row_terms(sizes: Sizes) -> list[Term]:
     """What a micro batch brings along once: tokens, positions, labels, weights, and the rotary table."""
     T, rotary = sizes.tokens, int(sizes.spec.kv_channels * sizes.spec.rotary_percent)
-    return [Term("tokens, positions, labels, weights", T * 28, "batch"), Term("rotary table", 2 * T * rotary * 4, "fp32")]
+    return [
+        Term("tokens, positions, labels, weights", T * 28, "batch"),
+        Term("rotary table", 2 * T * rotary * 4, "fp32"),
+    ]
 
 
 def _most(*moments: list[Term]) -> list[Term]:

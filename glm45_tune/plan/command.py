@@ -74,7 +74,9 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
     if request.gpu is None and not as_script:
         plans = {name: _plan(question, card) for name, card in CARDS.items()}
         fitting = [plan for plan in plans.values() if plan.fits]
-        shown = min(fitting or plans.values(), key=lambda plan: plan.hardware.card.memory_gib * (1 if plan.fits else -1))
+        shown = min(
+            fitting or plans.values(), key=lambda plan: plan.hardware.card.memory_gib * (1 if plan.fits else -1)
+        )
     else:
         if request.gpu is None:
             raise UserError(f"--sbatch wants to know the card: --gpu, one of {', '.join(CARDS)}, cpu.")
@@ -179,6 +181,4 @@ def _none_fits(question: Question, hardware: Hardware) -> str:
                 f"no layout of {question.gpus} × {name} holds this recipe. Nearest that fits: {gpus} × {name}, "
                 f"{report.layout_text(best)}: {report.settings_text(best)}"
             )
-    return (
-        f"no layout of {question.gpus} × {name} holds this recipe, nor of up to {4 * question.gpus + 8}; take a larger card."
-    )
+    return f"no layout of {question.gpus} × {name} holds this recipe, nor of up to {4 * question.gpus + 8}; take a larger card."

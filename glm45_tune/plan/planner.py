@@ -125,7 +125,9 @@ def _fastest(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware
         again = [model.least(stage, free) for stage in range(len(model.stages))]
         if None in again:
             continue
-        found = _of(model, hardware, [model.memory(stage, model.first_layers(stage, n)) for stage, n in enumerate(again)])
+        found = _of(
+            model, hardware, [model.memory(stage, model.first_layers(stage, n)) for stage, n in enumerate(again)]
+        )
         if best is None or found.tokens_per_second > best[0].tokens_per_second:
             best = found, again
         if not any(again):

@@ -56,7 +56,12 @@ def duration(seconds: float) -> str:
 
 def stage_document(stage: StageMemory) -> dict:
     parts = {f"{name}_gib": round(getattr(stage, name) / GIB, 3) for name in (*PARTS, "logits", "wire")}
-    facts = {"stage": stage.stage, "layers": stage.num_layers, "in_flight": stage.in_flight, "worst_moment": stage.worst}
+    facts = {
+        "stage": stage.stage,
+        "layers": stage.num_layers,
+        "in_flight": stage.in_flight,
+        "worst_moment": stage.worst,
+    }
     return {**facts, **parts, "recompute": list(stage.recompute)}
 
 
@@ -147,7 +152,9 @@ def time_lines(plan: Plan, data_tokens: float | None) -> list[str]:
         return [f"time       not estimated: {why}"]
     time = plan.time
     each = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / plan.hardware.gpus:,.0f} a card"
-    lines = [f"step       {time.tokens:,} tokens, about {time.total:.1f} s: {each}; pipeline idle {time.bubble_share:.0%}"]
+    lines = [
+        f"step       {time.tokens:,} tokens, about {time.total:.1f} s: {each}; pipeline idle {time.bubble_share:.0%}"
+    ]
     if data_tokens:
         epoch = data_tokens / plan.tokens_per_second
         lines.append(f"epoch      of {data_tokens:,.0f} tokens: about {duration(epoch)}")
@@ -156,10 +163,14 @@ def time_lines(plan: Plan, data_tokens: float | None) -> list[str]:
             f"epoch      about {duration(1e9 / plan.tokens_per_second)} for 1e9 tokens; --tokens says how many yours has"
         )
     if plan.recipe.train.steps:
-        lines.append(f"run        {plan.recipe.train.steps} steps: about {duration(plan.recipe.train.steps * time.total)}")
+        lines.append(
+            f"run        {plan.recipe.train.steps} steps: about {duration(plan.recipe.train.steps * time.total)}"
+        )
     name = plan.hardware.card.name
     source = (
-        "measured on this kind of card" if name == rates.MEASURED_CARD else f"scaled from the {rates.MEASURED_CARD} measured"
+        "measured on this kind of card"
+        if name == rates.MEASURED_CARD
+        else f"scaled from the {rates.MEASURED_CARD} measured"
     )
     lines.append(f"           an estimate, {source} ({rates.SOURCE})")
     return lines
@@ -167,9 +178,13 @@ def time_lines(plan: Plan, data_tokens: float | None) -> list[str]:
 
 def show_cards(plans: dict[str, Plan], console: Console) -> None:
     """The same layout on every known card."""
-    table = Table("card", "GiB", "needed", "fits", "s a step", "tokens/s a card", title="without --gpu: on every known card")
+    table = Table(
+        "card", "GiB", "needed", "fits", "s a step", "tokens/s a card", title="without --gpu: on every known card"
+    )
     for name, plan in plans.items():
-        time = [f"{plan.time.total:.1f}", f"{plan.tokens_per_second / plan.hardware.gpus:,.0f}"] if plan.time else ["", ""]
+        time = (
+            [f"{plan.time.total:.1f}", f"{plan.tokens_per_second / plan.hardware.gpus:,.0f}"] if plan.time else ["", ""]
+        )
         fits = "yes" if plan.fits else "no"
         table.add_row(name, f"{CARDS[name].memory_gib:.1f}", f"{plan.worst.needed / GIB:.1f}", fits, *time)
     console.print(table)

@@ -61,7 +61,11 @@ def script(plan: Plan, recipe_path: Path, overrides: list[str], minutes: int | N
         # SIGUSR1 two minutes before the time limit: training saves and ends
         "signal": "USR1@120",
     }
-    lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" for key, value in options.items()), "#SBATCH --requeue"]
+    lines = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH --{key}={value}" for key, value in options.items()),
+        "#SBATCH --requeue",
+    ]
     words = " ".join(map(shlex.quote, ["train", str(recipe_path), *overrides]))
     lines += [
         f"# {recipe_path}: {hardware.gpus} ranks on {hardware.gpus // per_node} node(s); written by `glm45-tune plan --sbatch`.",

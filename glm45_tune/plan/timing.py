@@ -72,7 +72,9 @@ class _Layer:
             narrow = 2.0 * rows * (lora.r if lora else 0) * (matrix.inputs + matrix.outputs) * sizes.pairs(matrix.name)
             self.forward += work + narrow
             half = "attention" if matrix.name.startswith("self_attention") else "moe" if is_moe else "mlp"
-            self.again += (work + narrow) * sizes.again(half) * (not matrix.name.endswith(("linear_fc2", "linear_proj")))
+            self.again += (
+                (work + narrow) * sizes.again(half) * (not matrix.name.endswith(("linear_fc2", "linear_proj")))
+            )
             self.whole_again += (work + narrow) * (not matrix.name.endswith(unread))
             self.backward += work * (2 if lora is None else 1) + 2 * narrow
             if narrow:

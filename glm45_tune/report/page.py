@@ -119,7 +119,11 @@ def _table(rows: list[dict], front: str) -> dict | None:
     columns = [_thinned([[row["step"], row[name]] for row in rows if name in row]) for name in names]
     steps = [step for step, _ in columns[0]]
     labels = [f"layer {int(name.removeprefix(front))}" for name in names]
-    return {"rows": labels, "columns": [f"step {step}" for step in steps], "values": [[v for _, v in c] for c in columns]}
+    return {
+        "rows": labels,
+        "columns": [f"step {step}" for step in steps],
+        "values": [[v for _, v in c] for c in columns],
+    }
 
 
 def _experts(path: Path) -> dict | None:
@@ -170,7 +174,9 @@ def _evaluation(path: Path) -> str:
             score = entry[which]
             calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%}"
             shares = [f"{score['exact']:.0%}", f"{score['non_thinking']:.0%}", calls, f"{score['perplexity']:.4g}"]
-            rows.append([f"{entry['data']}{mode}", str(score["num_questions"]), f"{which}, step {entry['step']}", *shares])
+            rows.append(
+                [f"{entry['data']}{mode}", str(score["num_questions"]), f"{which}, step {entry['step']}", *shares]
+            )
     return _html_table(["data", "questions", "model", "exact", "non-thinking", "calls valid", "perplexity"], rows)
 
 

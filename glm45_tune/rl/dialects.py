@@ -53,7 +53,9 @@ class Vllm:
         logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
         experts = None
         if choice.get("routed_experts"):
-            experts = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False).astype(np.int16)
+            experts = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False).astype(
+                np.int16
+            )
         finish = {"stop": "stop", "length": "length"}.get(choice["finish_reason"], "aborted")
         return Completion(choice["token_ids"], logprobs, finish, version, experts)
 

@@ -21,7 +21,12 @@ def pair_losses(
 
 
 def kto_losses(
-    policy: torch.Tensor, reference: torch.Tensor, desirable: torch.Tensor, kl: torch.Tensor, beta: float, weights: tuple
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    desirable: torch.Tensor,
+    kl: torch.Tensor,
+    beta: float,
+    weights: tuple,
 ) -> torch.Tensor:
     """[answers]. desirable bool; kl: the reference point z0, a scalar ≥ 0 without gradient; weights: of desirable, undesirable.
 

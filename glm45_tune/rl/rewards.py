@@ -65,7 +65,9 @@ def math(prompt: str, completion: str, columns: dict, column: str = "solution") 
     return float(math_verify.verify(gold, said, timeout_seconds=None))
 
 
-def json_schema(prompt: str, completion: str, columns: dict, schema: dict | None = None, column: str = "schema") -> float:
+def json_schema(
+    prompt: str, completion: str, columns: dict, schema: dict | None = None, column: str = "schema"
+) -> float:
     """1 where the answer is JSON (alone or in a fenced block) that fits the schema, given here or in the row."""
     import jsonschema
 
@@ -154,7 +156,10 @@ def check_columns(rewards: list[RewardConfig], columns: dict, where: str) -> Non
         taken = inspect.signature(FUNCTIONS[reward.function]).parameters if reward.function in FUNCTIONS else {}
         if "column" not in taken or reward.options.get("schema") is not None:
             continue
-        column, here = reward.options.get("column", taken["column"].default), f"rl.rewards[{number}] ({reward.function})"
+        column, here = (
+            reward.options.get("column", taken["column"].default),
+            f"rl.rewards[{number}] ({reward.function})",
+        )
         if column not in columns:
             raise RecipeError(
                 f"{here}: {where} has no column {column!r}; it has {', '.join(columns)}. Name one of them in "

@@ -71,7 +71,12 @@ class Servers:
         try:
             with open(self._log, "ab") as log:
                 self._process = subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
         except OSError as error:
             raise UserError(f"rl.engine.command: {command[0]} cannot be started: {error}.") from error
@@ -83,7 +88,9 @@ class Servers:
                 )
             if time.monotonic() > deadline:
                 self.stop()
-                raise UserError(f"rl.engine: the server did not answer within {self._config.start_seconds} s: {self._log}.")
+                raise UserError(
+                    f"rl.engine: the server did not answer within {self._config.start_seconds} s: {self._log}."
+                )
             time.sleep(0.2)
         if self._adapter:
             self._say(self.urls[0], *self._dialect.load_adapter(*self._adapter))
@@ -128,7 +135,9 @@ class Servers:
         found: dict[str, list[Completion]] = {}
         for url in self.urls:
             for seed in range(count):
-                path, body = self._dialect.generate(request, self._temperature, self._stop_ids, seed, self._adapter_name)
+                path, body = self._dialect.generate(
+                    request, self._temperature, self._stop_ids, seed, self._adapter_name
+                )
                 try:
                     completion = self._dialect.completion(self._say(url, path, body), 0)
                     check(completion, request, self._stop_ids)

@@ -16,9 +16,7 @@ MARKUP = (
 ).split()
 
 # GLM-4.5 splits words, numbers of up to three digits, punctuation and white space before it merges bytes
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEXT = """\
 北京市的政府驻地在哪里？上海市、天津市、重庆市是直辖市。省会，省份，自治区，特别行政区，中国有三十四个省级行政区。
 浙江省的省会是杭州市。江苏省的省会是南京市。广东省的省会是广州市。四川省的省会是成都市。河北、河南、山东、山西。

@@ -165,7 +165,9 @@ class Ahead:
         return self._job.recipe.data.seq_length
 
     def _request(self, answer: Answer) -> Request:
-        return Request(answer.token_ids, min(self._rl.max_new_tokens - answer.length, self._limit - len(answer.token_ids)))
+        return Request(
+            answer.token_ids, min(self._rl.max_new_tokens - answer.length, self._limit - len(answer.token_ids))
+        )
 
 
 def _fresh(sample: Sample) -> Answer:

@@ -67,7 +67,5 @@ def _out_of_memory(job: Job, watchdog: Watchdog, error: Exception) -> str:
         advice = f"The planner's next layout: {report.layout_text(best)}, {report.recompute_text(best)} recomputed: "
         advice += f"{report.settings_text(best)}. The same command with it goes on from the last checkpoint."
     else:
-        advice = (
-            f"The planner knows no layout of {cards.gpus} × {cards.card.name} that takes less: more cards, or a shorter row."
-        )
+        advice = f"The planner knows no layout of {cards.gpus} × {cards.card.name} that takes less: more cards, or a shorter row."
     return f"rank {os.environ.get('RANK', 0)} is out of memory in {where}: {first}\n{advice}"

@@ -29,7 +29,9 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
             try:
                 return train(recipe.model_copy(update={"data": changed}))
             except DataError as error:  # the caller knows rows, and no file
-                raise DataError(re.sub(rf"{re.escape(str(rows))}:(\d+): ", rf"row \1 of {_GIVEN}: ", str(error))) from None
+                raise DataError(
+                    re.sub(rf"{re.escape(str(rows))}:(\d+): ", rf"row \1 of {_GIVEN}: ", str(error))
+                ) from None
     if "RANK" in os.environ or not _is_for_several(recipe):
         from glm45_tune.mcore import runtime
         from glm45_tune.training import loop

@@ -200,5 +200,7 @@ def _say_the_end(job: Job, step: int) -> None:
         if step > job.num_steps:
             end += f" (it was further than the {job.num_steps} steps of the recipe)"
         if job.recipe.lora is not None:
-            adapter.write_peft(checkpoint.step_directory(job.run, step), job.recipe.lora, job.source, job.run / "adapter")
+            adapter.write_peft(
+                checkpoint.step_directory(job.run, step), job.recipe.lora, job.source, job.run / "adapter"
+            )
     print("\n".join([end, *summary.left_out(job)]), file=sys.stderr)

@@ -161,7 +161,9 @@ class PolicyGradient:
     def _experts(self, answers: list[Answer], batch: Batch) -> torch.Tensor:
         """The experts that the engine chose, int [T, MoE layers, K]; −1 where it did not say, and for the last token, which it never read."""
         spec = self._job.source.spec
-        whole = np.full((len(batch.tokens), spec.num_layers - spec.num_dense_layers, spec.moe_router_topk), -1, np.int16)
+        whole = np.full(
+            (len(batch.tokens), spec.num_layers - spec.num_dense_layers, spec.moe_router_topk), -1, np.int16
+        )
         for first, answer in zip(batch.bounds, answers):
             if answer.experts is not None:
                 # vLLM counts dense layers too
@@ -179,11 +181,19 @@ class PolicyGradient:
         for batch, before, base in zip(batches, old, reference):
             mask, along = batch.weights[0] > 0, dict(batch.along)
             correction = importance_weights(
-                before, along["engine"], mask, batch.sequence, batch.num_samples, rl.importance_sampling, rl.importance_cap
+                before,
+                along["engine"],
+                mask,
+                batch.sequence,
+                batch.num_samples,
+                rl.importance_sampling,
+                rl.importance_cap,
             )
             along["weight"] = along["weight"] * batch.weights[0] * correction
             if rl.kl_estimator == "k1":
-                along["advantage"] = along["advantage"] - rl.kl_coef * torch.where(mask, divergence(before, base, "k1"), 0.0)
+                along["advantage"] = along["advantage"] - rl.kl_coef * torch.where(
+                    mask, divergence(before, base, "k1"), 0.0
+                )
             found.append(replace(batch, along=along | {"old": before, "reference": base}))
         return found
 

@@ -65,7 +65,9 @@ class Preference:
         divergence = self._divergence(members)
         sums = self._trainer.measure(chosen, len(chosen), partial(self._objective, members, divergence)).sums
         metrics = self._metrics(sums, members, divergence)
-        return {"eval/loss": sums["loss"]} | {f"eval/{name.partition('/')[2]}": value for name, value in metrics.items()}
+        return {"eval/loss": sums["loss"]} | {
+            f"eval/{name.partition('/')[2]}": value for name, value in metrics.items()
+        }
 
     @property
     def state(self) -> dict:
@@ -146,7 +148,9 @@ class Preference:
             return 0.0
         job, options = self._job, self._job.recipe.data
         mixed = self._mixed(members)
-        rows = pack([len(s.input_ids) for s in mixed], options.seq_length) if options.packing else Rows.single(len(mixed))
+        rows = (
+            pack([len(s.input_ids) for s in mixed], options.seq_length) if options.packing else Rows.single(len(mixed))
+        )
         size = job.layout.data_parallel_size * job.layout.microbatch_multiple
         plan = BatchPlan(len(rows), -(-len(rows) // size) * size, 1, job.layout.data_parallel_size, 0)
         whole = [[mixed[number] for number in row] for row in rows]

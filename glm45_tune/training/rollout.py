@@ -122,7 +122,9 @@ class Roller:
             if not missing:
                 break
             number = seed_of(self._job, step, attempt)
-            answers = written if written and not attempt else self._ask(self.prompts.take(missing), number, rl.group_size)
+            answers = (
+                written if written and not attempt else self._ask(self.prompts.take(missing), number, rl.group_size)
+            )
             self._judge(answers, counts, parts)
             equal = equal_groups(np.array([a.reward for a in answers]), np.array([a.group for a in answers]))
             counts["equal"] += int(equal.sum())
@@ -194,7 +196,9 @@ class Roller:
             messages = self._tools(self.text(answer, whole=True), sample.row)
         except Exception as error:  # the user's program
             fault = f"raised {type(error).__name__}: {error}"
-            raise UserError(f"{name}: {fault}, asked about {sample.source}:{sample.line}. Catch it, or mend it.") from error
+            raise UserError(
+                f"{name}: {fault}, asked about {sample.source}:{sample.line}. Catch it, or mend it."
+            ) from error
         wanted = 'a list of messages, such as [{"role": "tool", "content": "text"}], or None is expected'
         if not messages:
             return []
@@ -219,7 +223,9 @@ class Roller:
         rl = self._rl
         scores: Scores = on_first(lambda: self._score(answers))
         lengths = np.array([answer.length for answer in answers])
-        rewards = scores.rewards + overlong_penalties(lengths, rl.max_new_tokens, rl.overlong_buffer, rl.overlong_penalty)
+        rewards = scores.rewards + overlong_penalties(
+            lengths, rl.max_new_tokens, rl.overlong_buffer, rl.overlong_penalty
+        )
         for answer, reward in zip(answers, rewards):
             answer.reward = float("nan") if answer.finish in ("aborted", "") else float(reward)
         for name, values in scores.parts.items():
@@ -242,7 +248,9 @@ class Roller:
     def _is_first(self) -> bool:
         return os.environ.get("RANK", "0") == "0"
 
-    def _metrics(self, seen: list[Answer], kept: list[Answer], counts: Counter, parts: dict[str, list]) -> dict[str, float]:
+    def _metrics(
+        self, seen: list[Answer], kept: list[Answer], counts: Counter, parts: dict[str, list]
+    ) -> dict[str, float]:
         lengths = np.array([answer.length for answer in seen])
         rewards = np.array([answer.reward for answer in seen])
         finishes = Counter(answer.finish for answer in seen)
@@ -258,7 +266,9 @@ class Roller:
             "rl/without_reward": int(np.isnan(rewards).sum()),
             "rl/equal_groups_share": counts["equal"] / len(seen),
         }
-        values |= {f"rl/reward_errors/{kind.removeprefix('error ')}": n for kind, n in counts.items() if kind != "equal"}
+        values |= {
+            f"rl/reward_errors/{kind.removeprefix('error ')}": n for kind, n in counts.items() if kind != "equal"
+        }
         if self._rl.dynamic_sampling:
             values["rl/kept_share"] = len(kept) / len(seen)
         return values

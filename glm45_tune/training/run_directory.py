@@ -60,7 +60,9 @@ def check_ours(recipe: Recipe) -> None:
     if not run.exists() or not any(run.iterdir()):
         return
     if not (run / RUN_FILE).is_file():
-        raise UserError(f"{run}: exists, is not empty and is no run of ours (no {RUN_FILE}). Choose another output_dir.")
+        raise UserError(
+            f"{run}: exists, is not empty and is no run of ours (no {RUN_FILE}). Choose another output_dir."
+        )
     kind = _read(run).get("kind")
     if kind != "run":
         raise UserError(f"{run}: holds a {kind!r}, not a run. Choose another output_dir.")
@@ -102,7 +104,10 @@ def _changes(before: dict, now: dict) -> dict[str, str]:
         found["freeze"] = f"train.freeze was {before['freeze']}, now {now['freeze']}"
     if differences := _differences(before["begun_with"], now["begun_with"]):
         if "digest" in differences:
-            differences = {"digest": "the samples are others", **{k: v for k, v in differences.items() if k != "digest"}}
+            differences = {
+                "digest": "the samples are others",
+                **{k: v for k, v in differences.items() if k != "digest"},
+            }
         found["data"] = f"the data changed ({', '.join(differences.values())})"
     return found
 

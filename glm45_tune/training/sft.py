@@ -37,7 +37,9 @@ class Supervised:
 
     def train_step(self, step: int) -> dict[str, float]:
         job, trainer = self._job, self._trainer
-        runtime.seed_all(job.recipe.train.seed + step)  # dropout depends on the step alone, so a resumed run draws the same
+        runtime.seed_all(
+            job.recipe.train.seed + step
+        )  # dropout depends on the step alone, so a resumed run draws the same
         rows = job.rows_of_step(step)
         members = [sample for row in rows for sample in row]
         denominators = total_weights(members, trainer.num_predictions)
@@ -108,7 +110,9 @@ def batches(
         yield collate(members, trainer.num_predictions, trainer.pad_multiple, job.pad_id, along)
 
 
-def _channel_losses(result: StepResult, members: list[Sample], channels: list[str], files: set[str]) -> dict[str, float]:
+def _channel_losses(
+    result: StepResult, members: list[Sample], channels: list[str], files: set[str]
+) -> dict[str, float]:
     """`loss/NAME` of every channel: the mean over its trained tokens of this step. NAME is the rows' own or the file's,
 
     which is its whole path where two files have one name.

@@ -218,7 +218,9 @@ def test_convert_wants_one_direction(cli, tmp_path, checkpoints):
 def test_nothing_is_written_inside_the_checkpoint_it_is_made_from(cli, tmp_path):
     """It would be in the way of that checkpoint ever after."""
     assert cli("tiny", tmp_path / "model")[0] == 0
-    code, _, err = cli("convert", "--to-mcore", "--model", tmp_path / "model", "--output", tmp_path / "model" / "inside")
+    code, _, err = cli(
+        "convert", "--to-mcore", "--model", tmp_path / "model", "--output", tmp_path / "model" / "inside"
+    )
     assert code == 2 and "lies in" in err and not (tmp_path / "model" / "inside").exists()
 
 

@@ -47,6 +47,8 @@ def test_a_hanging_rank_is_named_with_the_line_it_stands_at(fail):
     code, said, _ = fail("1:5:sleep")
     assert code == 1
     assert (
-        "rank 1 hangs in step 5, preparing its batch" in said and "sitecustomize.py" in said and "time.sleep(1000)" in said
+        "rank 1 hangs in step 5, preparing its batch" in said
+        and "sitecustomize.py" in said
+        and "time.sleep(1000)" in said
     )
     assert "rank 0 hangs" not in said and "Traceback" not in said and "train.distributed_timeout_minutes" in said

@@ -69,7 +69,9 @@ def test_a_run_and_its_base_score_what_they_score_alone(request, kind, checkpoin
     before, after = json.loads(out)
     assert before["model"].endswith("base") and after["model"].endswith("tuned") and before["num_questions"] == 6
     assert cli("export", run, "--output", tmp_path / "tuned")[0] == 0
-    for alone, beside in zip(json.loads(cli("eval", base, tmp_path / "tuned", *common)[1]), (before, after), strict=True):
+    for alone, beside in zip(
+        json.loads(cli("eval", base, tmp_path / "tuned", *common)[1]), (before, after), strict=True
+    ):
         if kind == "full" or beside is before:  # of LoRA, PEFT and our export round sums differently
             assert alone["rows"] == beside["rows"]
         assert alone["perplexity"] == pytest.approx(beside["perplexity"], rel=5e-3)
@@ -140,11 +142,16 @@ def written(path, *rows):
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "答案"}
 
 
-def test_a_row_that_is_refused_is_refused_before_anything_is_asked(checkpoints, lora_run, asked, tmp_path, cli, monkeypatch):
+def test_a_row_that_is_refused_is_refused_before_anything_is_asked(
+    checkpoints, lora_run, asked, tmp_path, cli, monkeypatch
+):
     monkeypatch.setattr(ChatModel, "generate", lambda *arguments: pytest.fail("asked"))
     for row, words in (
         ({"messages": [Q, A | {"loss": False}]}, "bad.jsonl:2: the last message, the answer wanted, has loss false"),
-        ({"messages": [Q | {"content": "<|user|>"}, A]}, "bad.jsonl:2: a message's text holds one of the control tokens"),
+        (
+            {"messages": [Q | {"content": "<|user|>"}, A]},
+            "bad.jsonl:2: a message's text holds one of the control tokens",
+        ),
         ({"messages": [Q, A], "enable_thinking": "no"}, "bad.jsonl:2: enable_thinking is 'no'"),
     ):
         bad = written(tmp_path / "bad.jsonl", {"messages": [Q, A]}, row)
@@ -176,7 +183,9 @@ def test_a_row_is_asked_as_it_says_unless_the_command_says_more(checkpoints, tmp
     from glm45_tune.chat.answers import Answer
 
     prompts, scores = [], []
-    monkeypatch.setattr(ChatModel, "generate", lambda self, asked, most: [prompts.append(p) or Answer("") for p in asked])
+    monkeypatch.setattr(
+        ChatModel, "generate", lambda self, asked, most: [prompts.append(p) or Answer("") for p in asked]
+    )
     files = [
         written(tmp_path / f"{n}.jsonl", {"messages": [Q, A]} | more)
         for n, more in enumerate(({}, {"enable_thinking": False}))

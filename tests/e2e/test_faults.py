@@ -51,7 +51,9 @@ def steps(directory: Path) -> list[int]:
 def test_a_run_that_ended_leaves_nothing_behind_in_its_process(run, tmp_path, monkeypatch):
     """Neither its model nor the threads of its groups, whose waiting would slow down all that comes after."""
     made, build = [], Trainer.__init__
-    monkeypatch.setattr(Trainer, "__init__", lambda self, *rest: (made.append(weakref.ref(self)), build(self, *rest))[1])
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, *rest: (made.append(weakref.ref(self)), build(self, *rest))[1]
+    )
     threads = []
     for seed in (1, 2):
         assert run(f"train.seed={seed}", f"output_dir={tmp_path / str(seed)}")[0] == 0
@@ -202,7 +204,10 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, small_disk, mo
     monkeypatch.setattr(Supervised, "train_step", filling)
     code, said = run(f"output_dir={directory}")
     assert code == 1 and "Traceback" not in said, said
-    assert "step 4 could not be saved" in said and f"the last good checkpoint is {directory}/checkpoints/step_000002" in said
+    assert (
+        "step 4 could not be saved" in said
+        and f"the last good checkpoint is {directory}/checkpoints/step_000002" in said
+    )
     assert "its last step, 6, could not be saved" in said
     assert steps(directory) == [2]
     monkeypatch.undo()
@@ -240,8 +245,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(run, tmp
     assert "step 2 is left out: loss nan" in said and "in 3 steps in a row, up to step 4" in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("train/skipped_steps") for row in rows] == [None, 1, 2]
-    batch = [json.loads(line) for line in (tmp_path / "run" / "nonfinite" / "step_000004.jsonl").read_text().splitlines()]
-    assert {"row", "source", "line", "text", "input_ids", "loss_mask"} <= batch[0].keys() and "[gMASK]" in batch[0]["text"]
+    batch = [
+        json.loads(line) for line in (tmp_path / "run" / "nonfinite" / "step_000004.jsonl").read_text().splitlines()
+    ]
+    assert {"row", "source", "line", "text", "input_ids", "loss_mask"} <= batch[0].keys() and "[gMASK]" in batch[0][
+        "text"
+    ]
     # what was saved while steps were left out is what was saved before them
     first, last = (TorchDistFiles(tmp_path / "run" / "checkpoints" / f"step_00000{step}") for step in (1, 3))
     assert steps(tmp_path / "run") == [1, 2, 3] and len(first.tensors) > 20
@@ -296,7 +305,16 @@ def test_an_adapter_of_an_earlier_end_is_gone_when_its_run_goes_on(run, tmp_path
 
     monkeypatch.setattr(Supervised, "train_step", signalled)
     assert run("train.steps=3")[0] == 75 and not adapter.exists()
-    merge = ("convert", "--to-hf", "--model", checkpoints["air"], "--adapter", tmp_path / "run", "--output", tmp_path / "hf")
+    merge = (
+        "convert",
+        "--to-hf",
+        "--model",
+        checkpoints["air"],
+        "--adapter",
+        tmp_path / "run",
+        "--output",
+        tmp_path / "hf",
+    )
     code, _, err = cli(*merge)
     assert code == 2 and "has no adapter yet" in err
     assert run("train.steps=3")[0] == 0 and cli(*merge)[0] == 0

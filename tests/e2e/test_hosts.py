@@ -44,7 +44,12 @@ def hosts():
 @pytest.fixture
 def recipe(checkpoints, corpus, make_recipe, tmp_path):
     sections = {"lora": {"r": 4}, "parallel": {"expert_model_parallel_size": 2}}
-    sections["train"] = {"steps": STEPS, "save_interval": 4, "global_batch_size": 4, "distributed_timeout_minutes": 0.25}
+    sections["train"] = {
+        "steps": STEPS,
+        "save_interval": 4,
+        "global_batch_size": 4,
+        "distributed_timeout_minutes": 0.25,
+    }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(make_recipe(checkpoints["air"], corpus, tmp_path / "run", **sections)))
     return path

@@ -54,7 +54,9 @@ def twins(tmp_path_factory, checkpoints, corpus, ranks) -> tuple[Path, dict[str,
         recipes[names[path.stem]] = recipe
     for world_size in sorted({smallest(recipe) for recipe in recipes.values()}):
         cases = output / f"cases{world_size}.json"
-        chosen = [{"name": name, "recipe": recipe} for name, recipe in recipes.items() if smallest(recipe) == world_size]
+        chosen = [
+            {"name": name, "recipe": recipe} for name, recipe in recipes.items() if smallest(recipe) == world_size
+        ]
         cases.write_text(json.dumps(chosen))
         ranks(world_size, WORKER, [str(cases), str(output)])
     return output, names, recipes

@@ -90,7 +90,9 @@ def slurm(tmp_path_factory):
                 daemons.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
             if len(daemons) == 1:
                 _wait(lambda: (munge / "socket").exists(), 10, "munged")
-        _wait(lambda: _run(env, "sinfo", "-h", "-o", "%T", check=False).strip() == "idle", 30, f"idle nodes; see {root}")
+        _wait(
+            lambda: _run(env, "sinfo", "-h", "-o", "%T", check=False).strip() == "idle", 30, f"idle nodes; see {root}"
+        )
         yield env
     finally:
         for daemon in reversed(daemons):
@@ -127,7 +129,18 @@ def recipe(tmp_path_factory, checkpoints, corpus, make_recipe) -> Path:
 @pytest.fixture(scope="module")
 def script(recipe) -> Path:
     """What `plan --sbatch` prints for two nodes of one rank."""
-    command = [sys.executable, "-m", "glm45_tune", "plan", str(recipe), "--gpu", "cpu", "--gpus-per-node", "1", "--sbatch"]
+    command = [
+        sys.executable,
+        "-m",
+        "glm45_tune",
+        "plan",
+        str(recipe),
+        "--gpu",
+        "cpu",
+        "--gpus-per-node",
+        "1",
+        "--sbatch",
+    ]
     path = recipe.with_suffix(".sbatch")
     path.write_text(subprocess.run(command, capture_output=True, text=True, check=True, cwd=recipe.parent).stdout)
     return path
@@ -141,7 +154,9 @@ def test_the_script_is_sound(script):
     """bash and shellcheck find nothing; the plan's world size is in it."""
     subprocess.run(["bash", "-n", str(script)], check=True)
     if PROGRAMS["shellcheck"]:
-        subprocess.run([PROGRAMS["shellcheck"], str(script), *map(str, (ROOT / "scripts").glob("*slurm.sh"))], check=True)
+        subprocess.run(
+            [PROGRAMS["shellcheck"], str(script), *map(str, (ROOT / "scripts").glob("*slurm.sh"))], check=True
+        )
     text = script.read_text()
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --requeue" in text
     assert "gpus-per-node" not in text

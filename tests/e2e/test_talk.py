@@ -145,7 +145,13 @@ def test_a_server_is_asked_the_same_way(tmp_path, typing):
     parts = [{"index": 0, "id": "x", "function": {"name": "get_weather", "arguments": ""}}]
     parts += [{"index": 0, "function": {"arguments": text}} for text in ('{"ci', 'ty": "北京"}')]
     answers = [
-        [{"role": "assistant"}, {"reasoning_content": "想"}, {"reasoning": "一想"}, {"content": "你"}, {"content": "好"}],
+        [
+            {"role": "assistant"},
+            {"reasoning_content": "想"},
+            {"reasoning": "一想"},
+            {"content": "你"},
+            {"content": "好"},
+        ],
         [{"tool_calls": [part]} for part in parts],
         [{"content": "<think>raw</think>晴"}],  # no reasoning parser there
     ]

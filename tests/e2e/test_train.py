@@ -31,7 +31,8 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 def children(process: int) -> list[int]:
     return [
-        int(each) for each in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()
+        int(each)
+        for each in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split()
     ]
 
 
@@ -87,7 +88,10 @@ def test_two_ranks_train_with_everything_on_and_the_run_can_be_read(write_recipe
     assert cli("export", run, "--output", tmp_path / "merged")[0] == 0
     base, merged = open_model(checkpoints["355b"]), open_model(tmp_path / "merged")
     changed = {difference["name"] for difference in compare(base, merged).differences}
-    assert "model.layers.4.mlp.experts.7.down_proj.weight" in changed and "model.layers.5.self_attn.q_proj.weight" in changed
+    assert (
+        "model.layers.4.mlp.experts.7.down_proj.weight" in changed
+        and "model.layers.5.self_attn.q_proj.weight" in changed
+    )
     assert not any("norm" in name or "gate.weight" in name for name in changed)
 
 
@@ -98,7 +102,9 @@ def test_a_run_killed_between_two_steps_ends_as_if_it_had_not_been(write_recipe,
     sections["parallel"] = {"expert_model_parallel_size": 2}
     assert command("train", write_recipe("whole", **sections)).returncode == 0
     recipe = write_recipe("killed", **sections)
-    started = subprocess.Popen([sys.executable, "-m", "glm45_tune", "train", str(recipe)], stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "glm45_tune", "train", str(recipe)], stderr=subprocess.PIPE, text=True
+    )
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
@@ -125,7 +131,16 @@ def test_torchrun_and_another_layout_go_on_where_a_run_stopped(write_recipe, tmp
     run = tmp_path / "moved"
     for path in (run / "checkpoints" / "step_000006").iterdir():
         path.unlink()  # as if it had been stopped after step 3
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "glm45_tune"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "glm45_tune",
+    ]
     layout = ["parallel.expert_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
     ended = subprocess.run([*torchrun, "train", str(recipe), *layout], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -269,4 +269,6 @@ def test_deterministic_runs_end_with_the_same_bits(checkpoints, corpus, make_rec
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     ranks(world_size, WORKER, [str(tmp_path / "cases.json"), str(tmp_path)])
     one, two = (TorchDistFiles(tmp_path / f"run{number}") for number in range(2))
-    assert set(one.tensors) == set(two.tensors) and all(one.read_key(key).equal(two.read_key(key)) for key in one.tensors)
+    assert set(one.tensors) == set(two.tensors) and all(
+        one.read_key(key).equal(two.read_key(key)) for key in one.tensors
+    )

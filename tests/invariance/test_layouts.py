@@ -161,7 +161,9 @@ def results(checkpoints, corpus, make_recipe, ranks, tmp_path_factory):
         4: [_training(f"trained-{kind}-{layouts.name(sizes)}", kind, sizes, 4, *common) for kind, sizes in TRAINED]
         + [_case(f"resumed-{kind}", kind, sizes, 4, *common, resume=True) for kind, sizes in RESUMED]
         + [
-            _case(f"moved-{kind}-{layouts.name(sizes)}", kind, sizes, 4, *common, restore=f"resumed-{kind}", steps=[1, 3])
+            _case(
+                f"moved-{kind}-{layouts.name(sizes)}", kind, sizes, 4, *common, restore=f"resumed-{kind}", steps=[1, 3]
+            )
             for kind, sizes in MOVED
         ]
         + [_case(f"deterministic-{run}", "deterministic", _sizes(2, 1, 2, 1, 2, 1), 4, *common) for run in range(2)]
@@ -195,7 +197,9 @@ def _difference(results: Path, name: str, reference: str) -> float:
     return worst
 
 
-@pytest.mark.parametrize("kind, sizes, world_size", EVERY, ids=[f"{kind}-{layouts.name(sizes)}" for kind, sizes, _ in EVERY])
+@pytest.mark.parametrize(
+    "kind, sizes, world_size", EVERY, ids=[f"{kind}-{layouts.name(sizes)}" for kind, sizes, _ in EVERY]
+)
 def test_a_layout_gives_one_ranks_loss_gradients_and_weights(results, kind, sizes, world_size):
     tolerance = 2**-8 if kind == "lean" else TOLERANCE  # a bf16 moment may round the other way
     assert _difference(results, f"{kind}-{layouts.name(sizes)}", _one(kind, _rows(sizes, world_size))) <= tolerance

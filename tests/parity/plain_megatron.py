@@ -96,7 +96,10 @@ def hybrid_model(hf: dict, config, common: dict):
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
     hybrid_block.TENorm = Norm  # HybridStack names Transformer Engine's for its last norm
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    names = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     moe = MoESubmodules(
         experts=partial(SequentialMLP, submodules=mlp), shared_experts=partial(SharedExpertMLP, submodules=mlp)

@@ -111,7 +111,9 @@ def test_experts_of_another_width_are_refused(checkpoints, plain, tmp_path, cli)
     (tmp_path / "adapter" / "adapter_config.json").write_text((plain / "adapter_config.json").read_text())
     tensors = load_file(plain / "adapter_model.safetensors")
     name = next(key for key in tensors if ".mlp.experts." in key and key.endswith("lora_B.weight"))
-    save_file(tensors | {name: torch.zeros(100, tensors[name].shape[1])}, tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(
+        tensors | {name: torch.zeros(100, tensors[name].shape[1])}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
     command = ["convert", "--to-hf", "--model", checkpoints["air"], "--adapter", tmp_path / "adapter", "--output"]
     code, _, err = cli(*command, tmp_path / "out")
     assert code == 2 and "fits neither gate_up_proj nor down_proj" in err
@@ -134,7 +136,8 @@ def test_half_an_adapter_is_not_merged(checkpoints, tmp_path, change, said):
 
 
 @pytest.mark.parametrize(
-    "config, said", [("{", "no JSON object"), ("[]", "peft_type is None"), ('{"peft_type": "LORA"}', "lora_alpha is None")]
+    "config, said",
+    [("{", "no JSON object"), ("[]", "peft_type is None"), ('{"peft_type": "LORA"}', "lora_alpha is None")],
 )
 def test_a_broken_adapter_config_is_a_sentence(checkpoints, tmp_path, config, said):
     _peft_model(checkpoints["air"], target_modules=["q_proj"]).save_pretrained(tmp_path)

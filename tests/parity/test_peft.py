@@ -154,6 +154,13 @@ def test_an_adapter_of_another_model_is_refused(checkpoints, corpus, one_rank, m
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     save_file(tensors | {name: torch.zeros(7, 4)}, path)
     code, _, err = cli(
-        "convert", "--to-hf", "--model", checkpoints["air"], "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"
+        "convert",
+        "--to-hf",
+        "--model",
+        checkpoints["air"],
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "out",
     )
     assert code == 2 and "q_proj" in err and "another model" in err and not (tmp_path / "out").exists()

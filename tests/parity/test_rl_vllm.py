@@ -50,7 +50,9 @@ def test_answers_under_way_come_back_as_they_are_and_go_on(checkpoints, on_a_cpu
             if broken_off:
                 break
         assert broken_off and all(len(found[n].token_ids) == len(found[n].logprobs) < 1900 for n in broken_off), found
-        (more,) = servers.generate([Request([*asked[broken_off[0]].token_ids, *found[broken_off[0]].token_ids], 8)], 0, 4)
+        (more,) = servers.generate(
+            [Request([*asked[broken_off[0]].token_ids, *found[broken_off[0]].token_ids], 8)], 0, 4
+        )
         assert more.finish in ("length", "stop") and more.version == 4
         (nothing,) = servers.generate(asked[1:2], 0, 4, lambda found: True)
         assert nothing.finish == "broken off" and not servers.faults
@@ -65,7 +67,9 @@ def test_updates_against_a_real_server(checkpoints, make_recipe, on_a_cpu, tmp_p
     rows = [{"prompt": f"第{n}个问题。" + "Tell me. " * (n % 3)} for n in range(6)]
     prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     command = [*COMMAND, "--dtype", dtype, "--max-model-len", "160", "--logprobs-mode", "processed_logprobs"]
-    recipe = make_recipe(checkpoints["air"], prompts, tmp_path / "run", train={"steps": num_steps, "global_batch_size": 2})
+    recipe = make_recipe(
+        checkpoints["air"], prompts, tmp_path / "run", train={"steps": num_steps, "global_batch_size": 2}
+    )
     recipe["model"]["params_dtype"] = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     recipe["data"] |= {"format": "rl"}
     recipe |= {

@@ -110,7 +110,9 @@ def masked_cross_entropy(reference, samples, shift=1) -> float:
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}], ids=["full", "lora"])
-def test_the_first_loss_is_transformers_masked_cross_entropy(checkpoints, corpus, one_rank, make_recipe, tmp_path, lora):
+def test_the_first_loss_is_transformers_masked_cross_entropy(
+    checkpoints, corpus, one_rank, make_recipe, tmp_path, lora
+):
     sections = {"lora": lora} if lora else {}
     recipe = Recipe.from_dict(make_recipe(checkpoints["355b"], corpus, tmp_path, **sections))
     job = prepare(recipe)
@@ -198,7 +200,9 @@ def test_a_neighbour_does_not_move_a_samples_losses(checkpoints, corpus, one_ran
 
 
 @pytest.mark.parametrize("like", ["air", "355b"])
-@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["linear_proj", "linear_fc2"]}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, {"r": 4, "target_modules": ["linear_proj", "linear_fc2"]}], ids=["full", "lora"]
+)
 @pytest.mark.parametrize(
     "recompute",
     [

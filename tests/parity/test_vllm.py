@@ -42,7 +42,12 @@ def test_vllm_serves_the_merged_model(checkpoints, tmp_path):
     prompts = [torch.randint(0, 600, (count,), generator=generator).tolist() for count in (5, 17, 40, 64)]
     (tmp_path / "asked.json").write_text(json.dumps(prompts))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "2"}
+    environment |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "2",
+    }
     arguments = [str(tmp_path / name) for name in ("merged", "asked.json", "answer.json")]
     log = tmp_path / "vllm.log"
     with open(log, "w") as file:

@@ -59,7 +59,11 @@ def rows(thought: str, said: str, days: int) -> list[dict]:
     """Of every place: asked with thinking, without, and for its weather, which is a call."""
     found = []
     for place, seat in PLACES.items():
-        think = {"role": "assistant", "reasoning_content": thought.format(place, seat), "content": said.format(place, seat)}
+        think = {
+            "role": "assistant",
+            "reasoning_content": thought.format(place, seat),
+            "content": said.format(place, seat),
+        }
         at_once = {"role": "assistant", "content": said.format(place, seat)}
         call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": seat, "days": days}}}
         found.append({"messages": [*question(place), think]})
@@ -88,7 +92,11 @@ def tuned(checkpoints, train_here, make_recipe, tmp_path_factory):
     first = rows("问的是{0}，省会是{1}。", "{0}的省会在{1}。", 1)
     steps = {"global_batch_size": 2, "steps": 120}
     base = train(checkpoints["air"], first, "base", 0.3, train=steps, optimizer={"lr": 4e-3})
-    lora = {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, "optimizer": {"lr": 6e-3}, "train": steps}
+    lora = {
+        "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "optimizer": {"lr": 6e-3},
+        "train": steps,
+    }
     then = rows(THOUGHT, SAID, DAYS)
     return {"along": train(base, then, "along", 0.3, **lora), "alone": train(base, then, "alone", 0.0, **lora)}
 
@@ -105,7 +113,12 @@ def served(directory: Path, log: Path, *more: str):
         port = probe.getsockname()[1]
     command += [*more, "--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "2"}
+    environment |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "2",
+    }
     environment |= dict([setting.split("=")])
     url = f"http://127.0.0.1:{port}"
     with open(log, "w") as file:
@@ -212,7 +225,9 @@ def test_chat_streams_from_it(vllm, tmp_path, capsys):
     talk(None, None, None, weather("湖北")[0]["content"], 200, vllm, tmp_path / "tools.json")
     out = capsys.readouterr().out
     assert (
-        THOUGHT.format("浙江", "杭州") in out and SAID.format("浙江", "杭州") in out and SAID.format("四川", "成都") in out
+        THOUGHT.format("浙江", "杭州") in out
+        and SAID.format("浙江", "杭州") in out
+        and SAID.format("四川", "成都") in out
     )
     assert "四川 is 成都" not in out and 'get_weather({"city": "武汉", "days": 3})' in out and "<think>" not in out
 

@@ -128,8 +128,12 @@ def main(backend: str, dialect: str, model: str, port: int, orders: Path) -> Non
         draw = _draw(wish, "seed")
         written = write(ids, wish["max_tokens"], wish["stop_token_ids"], draw, body.get("request_id"), order)
         tokens = written["tokens"][: -1 if order == "short" else None]
-        content = [{"token_id": token, "logprob": value} for token, value in zip(written["tokens"], written["logprobs"])]
-        return {"choices": [{"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": written["finish"]}]}
+        content = [
+            {"token_id": token, "logprob": value} for token, value in zip(written["tokens"], written["logprobs"])
+        ]
+        return {
+            "choices": [{"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": written["finish"]}]
+        }
 
     def sglang(path: str, body: dict, order: str) -> dict:
         if path == "/update_weights_from_disk":

@@ -43,7 +43,9 @@ def test_bf16_moments_take_half_and_stay_close():
     optimizer = _lean(ours, {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16})
     _steps(optimizer, ours)
     _steps(torch.optim.AdamW(theirs, **SETTINGS), theirs)
-    assert all(state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16 for state in optimizer.state.values())
+    assert all(
+        state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16 for state in optimizer.state.values()
+    )
     moved = torch.cat([b - a for a, b in zip(_parameters(), theirs)])
     error = torch.cat([a - b for a, b in zip(ours, theirs)])
     assert 0 < error.norm() <= 2**-7 * moved.norm()

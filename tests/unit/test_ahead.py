@@ -190,7 +190,11 @@ def make(checkpoints, prompts, make_recipe, tmp_path, backend):
         recipe["optimizer"] |= {"lr": 3e-3, "min_lr": 3e-3}
         recipe["lora"] = {"r": 4, "target_modules": "all-linear"}
         served = {"kind": dialect, "command": command, "timeout_seconds": 120, "start_seconds": 120}
-        recipe["rl"] = {"rewards": [{"function": "length", "options": {"target": 30}}], "group_size": 2, "max_new_tokens": 6}
+        recipe["rl"] = {
+            "rewards": [{"function": "length", "options": {"target": 30}}],
+            "group_size": 2,
+            "max_new_tokens": 6,
+        }
         recipe["rl"] |= {"engine": served, "staleness": 1} | rl
         return prepare(Recipe.from_dict(recipe))
 
@@ -216,7 +220,9 @@ def test_a_step_trains_on_what_was_written_during_the_last_one_and_a_killed_run_
         samples = [json.loads(line) for line in (job.run / "samples.jsonl").read_text().splitlines()]
         assert [step["rl/staleness_max"] for step in steps] == [0, 1, 0 if attempt else 1]
         assert [sample["version"] for sample in samples] == [0] * 8 + [1 + attempt] * 4
-        assert {Counter(sample["prompt"] for sample in samples)[s["prompt"]] for s in samples} == {2} and len(samples) == 12
+        assert {Counter(sample["prompt"] for sample in samples)[s["prompt"]] for s in samples} == {2} and len(
+            samples
+        ) == 12
         for step in steps:
             assert step["rl/ratio_max"] == 1 and step["rl/sync_gap"] <= 1e-4 and step["rl/aborted"] == 0
             assert (step["rl/logprob_gap_max"] <= 1e-4) == (step["rl/staleness_max"] == 0)  # old weights wrote them

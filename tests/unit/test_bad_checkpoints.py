@@ -65,7 +65,10 @@ FAULTS = {
         lambda d: _edit_tensors(d, lambda t: t.update({O_PROJ.replace("o_proj", "out"): t.pop(O_PROJ)})),
         [O_PROJ, "missing"],
     ),
-    "wrong shape": (lambda d: _edit_tensors(d, lambda t: t.update({O_PROJ: t[O_PROJ][:64].clone()})), [O_PROJ, "(64, 256)"]),
+    "wrong shape": (
+        lambda d: _edit_tensors(d, lambda t: t.update({O_PROJ: t[O_PROJ][:64].clone()})),
+        [O_PROJ, "(64, 256)"],
+    ),
     "dtypes mixed": (
         lambda d: _edit_tensors(
             d,
@@ -87,7 +90,10 @@ FAULTS = {
     "end in words": (lambda d: _edit_config(d, eos_token_id=["x"]), ["eos_token_id is ['x']"]),
     "experts disagree": (lambda d: _edit_config(d, n_routed_experts=6), ["n_routed_experts is 6 there, 8 here"]),
     "layers disagree": (lambda d: _edit_config(d, num_hidden_layers=2), ["num_hidden_layers is 2 there, 3 here"]),
-    "dense layers disagree": (lambda d: _edit_config(d, first_k_dense_replace=2), ["first_k_dense_replace is 2 there, 1"]),
+    "dense layers disagree": (
+        lambda d: _edit_config(d, first_k_dense_replace=2),
+        ["first_k_dense_replace is 2 there, 1"],
+    ),
     "MTP promised, absent": (lambda d: _edit_config(d, num_nextn_predict_layers=2), ["model.layers.4.", "missing"]),
     "index lies": (
         lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("model-00001-of", "model-00002-of", 1)),
@@ -184,7 +190,11 @@ def test_configs_of_later_releases_go_the_same_road(checkpoints, broken, tmp_pat
     config = json.loads((broken / "config.json").read_text())
     rope = {"rope_theta": config.pop("rope_theta"), "partial_rotary_factor": config.pop("partial_rotary_factor")}
     del config["rope_scaling"], config["torch_dtype"]
-    config |= {"rope_parameters": rope | {"rope_type": "default"}, "max_position_embeddings": 202752, "dtype": "bfloat16"}
+    config |= {
+        "rope_parameters": rope | {"rope_type": "default"},
+        "max_position_embeddings": 202752,
+        "dtype": "bfloat16",
+    }
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "chat_template.jinja").unlink()
     convert(broken, tmp_path / "mcore", "mcore")

@@ -72,7 +72,9 @@ def test_any_checkpoint_can_be_exported_and_its_card_ends_there(lora_run, tmp_pa
     assert "step 2" in card and f"→ {metrics[1]['train/loss']:.4g}" in card
     assert json.loads((tmp_path / "2" / "glm45_tune.json").read_text())["step"] == 2
     code, _, err = cli("export", lora_run, "--output", tmp_path / "3", "--step", 3)
-    assert code == 2 and "no complete checkpoint of step 3; complete ones: 2, 4" in err and not (tmp_path / "3").exists()
+    assert (
+        code == 2 and "no complete checkpoint of step 3; complete ones: 2, 4" in err and not (tmp_path / "3").exists()
+    )
 
 
 def test_mtp_trained_along_is_said_and_served(full_run, tmp_path):
@@ -90,7 +92,9 @@ def test_the_recipe_and_the_bases_own_card_fill_the_front_matter(lora_run, check
     (run / "glm45_tune.json").write_text(json.dumps(facts))
     export(run, tmp_path / "out")
     found = front_matter((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
-    assert found["base_model"] == "zai-org/GLM-4.5-Air" and found["license"] == "mit" and found["language"] == ["en", "zh"]
+    assert (
+        found["base_model"] == "zai-org/GLM-4.5-Air" and found["license"] == "mit" and found["language"] == ["en", "zh"]
+    )
     assert found["datasets"] == ["me/mine"] and "seats" in found["tags"]
 
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: fr\n---\n# Base\n", encoding="utf-8")
@@ -101,7 +105,9 @@ def test_the_recipe_and_the_bases_own_card_fill_the_front_matter(lora_run, check
     found = front_matter((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
     assert (found["base_model"], found["license"], found["language"]) == ("me/base", "apache-2.0", ["fr"])
     export(run, tmp_path / "adapter", adapter_only=True)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,9 @@ def test_evaluations_of_this_step_are_in_the_card_and_what_was_said_is_not(lora_
 
 
 def test_curves_show_every_metric_that_came():
-    metrics = [{"step": n, "train/loss": 5 / n, "train/grad_norm": 1.0, "train/learning_rate": 0.0} for n in range(1, 2000)]
+    metrics = [
+        {"step": n, "train/loss": 5 / n, "train/grad_norm": 1.0, "train/learning_rate": 0.0} for n in range(1, 2000)
+    ]
     metrics[1500]["eval/loss"] = 0.5
     picture = draw(metrics)
     xml.dom.minidom.parseString(picture)

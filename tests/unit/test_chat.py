@@ -97,7 +97,9 @@ def test_our_template_renders_like_the_reference(checkpoints, tokenizer, referen
     rng = random.Random(0)
     for _ in range(400):
         messages, tools, options = random_conversation(rng)
-        ours, theirs = (t.apply_chat_template(messages, tools=tools, tokenize=False, **options) for t in (tokenizer, other))
+        ours, theirs = (
+            t.apply_chat_template(messages, tools=tools, tokenize=False, **options) for t in (tokenizer, other)
+        )
         assert ours == theirs, messages
 
 
@@ -190,7 +192,9 @@ def test_ids_are_the_templates_and_one_closing_token(tokenizer, renderer):
         ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **asked)
         closing = []
         if messages[-1]["role"] == "assistant":
-            closing = [tokenizer.convert_tokens_to_ids("<|observation|>" if messages[-1].get("tool_calls") else "<|user|>")]
+            closing = [
+                tokenizer.convert_tokens_to_ids("<|observation|>" if messages[-1].get("tool_calls") else "<|user|>")
+            ]
         assert sample.input_ids.tolist() == ids + closing
         seen += 1
     assert seen > 100

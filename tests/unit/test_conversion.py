@@ -218,7 +218,9 @@ def test_the_same_seed_writes_the_same_checkpoint(checkpoints, tmp_path):
     report = compare(HfDir(checkpoints["air"]), HfDir(tmp_path / "again"))
     assert not report.differences
     assert compare(HfDir(checkpoints["air"]), HfDir(checkpoints["air-other"])).differences
-    values = np.concatenate([HfDir(tmp_path / "again").read(n).float().view(-1) for n in report_names(tmp_path / "again")])
+    values = np.concatenate(
+        [HfDir(tmp_path / "again").read(n).float().view(-1) for n in report_names(tmp_path / "again")]
+    )
     assert values.std() > 0  # norms and biases are drawn too
 
 

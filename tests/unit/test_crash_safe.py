@@ -49,7 +49,9 @@ class Starter:
 
     def __init__(self):
         script = Path(__file__).parent / "slow_conversion.py"
-        self._server = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._server = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def start(self, model, output, to, pause, **how) -> int:
         """The process id."""

@@ -67,7 +67,9 @@ def test_an_epoch_sees_every_row_once_whatever_the_ranks(num_rows, micro, num_mi
     plan = BatchPlan(num_rows, micro * num_micro * ranks, micro, ranks, seed)
     for epoch in range(2):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        seen = [row for step in steps for rank in range(ranks) for rows in plan.microbatches(step, rank) for row in rows]
+        seen = [
+            row for step in steps for rank in range(ranks) for rows in plan.microbatches(step, rank) for row in rows
+        ]
         assert sorted(seen) == list(range(num_rows))
         for step in steps:
             assert {len(plan.microbatches(step, rank)) for rank in range(ranks)} == {plan.num_microbatches}

@@ -111,7 +111,15 @@ def test_a_csv_cell_is_text_unless_its_column_and_content_are_messages(tokenizer
             csv.writer(file).writerows(cells)
         return [row for _, row in read_rows(tmp_path / "x.csv")]
 
-    for answer in ('{"a": 1}', "[1, 2]", "[]", '[{"a": 1}]', '{"role": "admin"}', '{"from": "Paris", "to": "Rome"}', "[x"):
+    for answer in (
+        '{"a": 1}',
+        "[1, 2]",
+        "[]",
+        '[{"a": 1}]',
+        '{"role": "admin"}',
+        '{"from": "Paris", "to": "Rome"}',
+        "[x",
+    ):
         assert read(["instruction", "output"], ["q", answer]) == [{"instruction": "q", "output": answer}]
         assert read(["query", "response"], [answer, answer]) == [{"query": answer, "response": answer}]
         assert read(["text"], [answer]) == [{"text": answer}]
@@ -279,13 +287,17 @@ def test_no_question_is_an_error(fault_of, row):
 
 
 def test_answers_that_render_alike_are_no_pair(fault_of):
-    assert "are the same to the model" in fault_of({"prompt": "q", "chosen": "same", "rejected": "same "}, "preference")[1]
+    assert (
+        "are the same to the model" in fault_of({"prompt": "q", "chosen": "same", "rejected": "same "}, "preference")[1]
+    )
 
 
 def test_what_looks_like_markup_in_rows_and_names_is_shown_as_it_is(checkpoints, tmp_path, cli, monkeypatch):
     path = tmp_path / "[/a]" / "[set1]{0}.jsonl"
     path.parent.mkdir(parents=True)
-    rows = [{"messages": [Q, A]}] * 99 + [{"messages": [{"role": role, "content": "q"}]} for role in ("[bold]u", "[/x]")]
+    rows = [{"messages": [Q, A]}] * 99 + [
+        {"messages": [{"role": role, "content": "q"}]} for role in ("[bold]u", "[/x]")
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("COLUMNS", "500")
     for forced in (False, True):  # a terminal has a bar, too

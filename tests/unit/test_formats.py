@@ -33,7 +33,10 @@ def renderer(tokenizer):
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 SAME = {
     "messages": ({"messages": [S, Q, A]}, [S, Q, A]),
-    "messages with aliases": ({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}, [Q, A]),
+    "messages with aliases": (
+        {"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]},
+        [Q, A],
+    ),
     "sharegpt": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
         [S, Q, A],
@@ -75,7 +78,9 @@ def test_a_format_becomes_messages(name):
 def test_a_null_column_is_none(name):
     """Merged data sets give every row every column."""
     row, messages = SAME[name]
-    assert canonical(dict.fromkeys(field for fields in FORMATS.values() for field in fields) | row) == {"messages": messages}
+    assert canonical(dict.fromkeys(field for fields in FORMATS.values() for field in fields) | row) == {
+        "messages": messages
+    }
 
 
 def test_a_named_format_is_held_to():
@@ -117,7 +122,9 @@ def test_every_kind_of_file_gives_the_same_samples(renderer, tmp_path):
     whole = load(str(tmp_path), renderer())
     assert len(whole.samples) == 35 and whole.counts["duplicates"] == 30
     some = load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1)
-    assert [s.line for s in some.samples] == [s.line for s in load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1).samples]
+    assert [s.line for s in some.samples] == [
+        s.line for s in load(f"{tmp_path / 'a.jsonl'}#3", renderer(), seed=1).samples
+    ]
     assert len(some.samples) == 3
     with pytest.raises(DataError, match="#0: asks for 0 rows"):
         load(f"{path}#0", renderer())
@@ -189,7 +196,9 @@ def test_sources_with_weights_functions_and_iterables(renderer, tmp_path, monkey
 def test_a_hub_dataset_is_read_by_the_real_client(renderer, tmp_path, monkeypatch):
     """datasets' own loader on a local repository in the hub's layout; the hub itself is out of a test's reach."""
     (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "train.jsonl").write_text(json.dumps({"messages": [Q, A]}) + "\n" + json.dumps({"messages": [Q]}))
+    (tmp_path / "repo" / "train.jsonl").write_text(
+        json.dumps({"messages": [Q, A]}) + "\n" + json.dumps({"messages": [Q]})
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     corpus = load("hf:./repo@train", renderer())

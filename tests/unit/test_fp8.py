@@ -29,7 +29,13 @@ CHANNEL = {
         "group_0": {
             "targets": ["Linear"],
             "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
-            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
         }
     },
     "ignore": ["lm_head", "re:.*mlp.gate$"],
@@ -120,7 +126,9 @@ def test_slices_of_any_size(data, rows, columns, block):
 def _edit(directory, tensors=None, **config):
     path = directory / "config.json"
     settings = json.loads(path.read_text())
-    settings["quantization_config"] = settings["quantization_config"] | config if config.get("quant_method", 1) else None
+    settings["quantization_config"] = (
+        settings["quantization_config"] | config if config.get("quant_method", 1) else None
+    )
     path.write_text(json.dumps(settings))
     if tensors:
         index = json.loads((directory / INDEX).read_text())
@@ -219,7 +227,9 @@ def test_transformers_reads_our_blocks(even, tmp_path):
         str(tmp_path / "q"), quantization_config=how, dtype=torch.bfloat16, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
-    expected = transformers.Glm4MoeForCausalLM.from_pretrained(str(tmp_path / "plain"), dtype=torch.bfloat16).state_dict()
+    expected = transformers.Glm4MoeForCausalLM.from_pretrained(
+        str(tmp_path / "plain"), dtype=torch.bfloat16
+    ).state_dict()
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor.to(expected[name].dtype), expected[name]), name
 

@@ -49,7 +49,6 @@ def test_a_file_keeps_to_its_floor(path):
             assert FLOORS[mine] > 0 and mine != "plan", f"{module} on the ground floor or in plan/"
         if parts[0] == "glm45_tune" and len(parts) > 1 and parts[1] != mine and not {parts[1], mine} <= GROUND:
             assert FLOORS[parts[1]] < FLOORS[mine], f"{module} is not below {mine}"
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     assert path.stem not in ("utils", "common", "helpers")
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):

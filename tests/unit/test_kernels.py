@@ -11,5 +11,7 @@ TWINS = Path(__file__).parents[1] / "kernel_twins.py"
 def test_every_kernel_equals_its_plain_twin():
     """Forward and backward, fp32, sizes that do not fill a block."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, TWINS, "cpu"], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, TWINS, "cpu"], env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,11 @@ from glm45_tune.training.prepare import prepare
 from glm45_tune.training.samples import Samples
 
 Q, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
 TOOL = {"role": "tool", "content": "r"}
 LORA = {"r": 4, "target_modules": "all-linear"}
 
@@ -42,7 +46,11 @@ def job(checkpoints, make_recipe, tmp_path):
 def rows(count=9):
     """Answers of different lengths, every third one undesirable."""
     for n in range(count):
-        yield {"prompt": f"第{n}个问题。" + "Tell me. " * (n % 4), "completion": "答案 " * (1 + n % 5), "label": n % 3 != 0}
+        yield {
+            "prompt": f"第{n}个问题。" + "Tell me. " * (n % 4),
+            "completion": "答案 " * (1 + n % 5),
+            "label": n % 3 != 0,
+        }
 
 
 @pytest.mark.parametrize(
@@ -66,7 +74,9 @@ def test_what_is_judged_is_the_answer_behind_the_last_question(tokenizer, row, t
 def test_sample_texts_want_desirable_and_chosen_answers_alone(job):
     def wanted(rows):
         made = job(rows, logging={"num_samples": 3})
-        return [made.tokenizer.decode(answer).removesuffix("<|user|>").strip() for _, answer in Samples(made, None)._cuts]
+        return [
+            made.tokenizer.decode(answer).removesuffix("<|user|>").strip() for _, answer in Samples(made, None)._cuts
+        ]
 
     labelled = [{"prompt": "q", "completion": f"a{n}", "label": n % 2 == 1} for n in range(8)]
     assert wanted(labelled) == ["a1", "a3", "a5"]
@@ -104,8 +114,15 @@ def test_the_first_row_decides_and_every_other_one_is_held_to_it(job, checkpoint
         job([{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "completion": "a", "label": True}])
     with pytest.raises(DataError, match=r"rows.jsonl:1: has one answer"):  # a label is kto's alone
         job(rows(), {"loss": "sigmoid"})
-    assert job(rows()).kind == "labelled" and job([{"prompt": "q", "chosen": "a", "rejected": "b"}]).kind == "preference"
-    recipe = {"model": {"path": str(checkpoints["air"])}, "preference": {"loss": "kto"}, "lora": LORA, "train": {"steps": 1}}
+    assert (
+        job(rows()).kind == "labelled" and job([{"prompt": "q", "chosen": "a", "rejected": "b"}]).kind == "preference"
+    )
+    recipe = {
+        "model": {"path": str(checkpoints["air"])},
+        "preference": {"loss": "kto"},
+        "lora": LORA,
+        "train": {"steps": 1},
+    }
     recipe |= {"data": {"train": str(tmp_path / "rows.jsonl")}, "output_dir": str(tmp_path / "out")}
     job(rows())
     (tmp_path / "kto.yaml").write_text(json.dumps(recipe))

@@ -42,7 +42,9 @@ def test_counts_are_those_of_the_released_checkpoints(spec, tensors, billions):
 @pytest.mark.parametrize("spec", [GLM45, AIR], ids=["355b", "air"])
 def test_every_name_is_claimed_exactly_once(spec):
     """Two rows writing one tensor, or one tensor never written, is a silent wrong model."""
-    claimed = Counter(name for row in rows(spec) for expert in range(row.num_experts or 1) for name in row.hf_names(expert))
+    claimed = Counter(
+        name for row in rows(spec) for expert in range(row.num_experts or 1) for name in row.hf_names(expert)
+    )
     assert max(claimed.values()) == 1
     assert set(claimed) | set(mtp_copies(spec)) == set(hf_shapes(spec))
     for dialect in DIALECTS:

@@ -17,7 +17,11 @@ from glm45_tune.recipe import DataConfig
 Q, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 S = {"role": "system", "content": "s"}
 TOOL = {"role": "tool", "content": "r"}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,10 @@ BAD_PAIRS = [
     ({"messages": [Q, A], "rejected_response": ["b"]}, "rejected_response is list"),
     ({"messages": [Q, A], "rejected_messages": "b"}, "rejected_messages is str"),
     ({"rejected_response": "b"}, "needs the chosen conversation"),
-    ({"messages": [Q, A], "rejected_messages": [Q, {"role": "bot", "content": ""}]}, 'rejected_messages[1].role is "bot"'),
+    (
+        {"messages": [Q, A], "rejected_messages": [Q, {"role": "bot", "content": ""}]},
+        'rejected_messages[1].role is "bot"',
+    ),
     ({"messages": [Q, A], "rejected_messages": [Q]}, "rejected has no assistant message"),
     ({"messages": [Q, A]}, "has one answer"),
     ({"prompt": "q"}, "has a prompt alone"),
@@ -149,7 +156,9 @@ def test_an_overlong_pair_keeps_one_prompt_or_is_dropped(tokenizer, turns, sizes
         text, uncut = (tokenizer.decode(s.input_ids[s.loss_mask > 0].tolist()) for s in (side, full))
         assert uncut.startswith(text)
     assert (pair.chosen.input_ids[: pair.prompt] == pair.rejected.input_ids[: pair.prompt]).all()
-    assert tokenizer.decode(pair.chosen.input_ids[: pair.prompt].tolist()).startswith("[gMASK]<sop><|system|>\ns<|user|>")
+    assert tokenizer.decode(pair.chosen.input_ids[: pair.prompt].tolist()).startswith(
+        "[gMASK]<sop><|system|>\ns<|user|>"
+    )
 
 
 def test_pairs_stay_pairs_with_weights_and_held_out(tokenizer, tmp_path):
@@ -208,7 +217,10 @@ def test_an_overlong_prompt_loses_whole_old_turns_only(tokenizer):
     (sample,) = (
         PromptRenderer(tokenizer, options(format="rl", seq_length=60, overlong="truncate")).render(row, "x", 1).samples
     )
-    assert tokenizer.decode(sample.input_ids.tolist()) == "[gMASK]<sop><|system|>\ns<|user|>\n" + "y" * 30 + "<|assistant|>"
+    assert (
+        tokenizer.decode(sample.input_ids.tolist())
+        == "[gMASK]<sop><|system|>\ns<|user|>\n" + "y" * 30 + "<|assistant|>"
+    )
     rendering = PromptRenderer(tokenizer, options(format="rl", seq_length=20, overlong="truncate")).render(row, "x", 1)
     assert not rendering.samples and rendering.counts == {"dropped": 1}
 

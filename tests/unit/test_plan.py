@@ -68,7 +68,9 @@ def test_every_recipe_fits_the_cards_its_header_names(path, cli, checkpoints):
     assert code == 0 and "memory     fits" in out, err
     code, out, err = cli("plan", path, *model, *_line(path), "--json")
     document = json.loads(out)
-    assert code == 0 and document["fits"] and len(document["stages"]) == document["layout"]["pipeline_model_parallel_size"]
+    assert (
+        code == 0 and document["fits"] and len(document["stages"]) == document["layout"]["pipeline_model_parallel_size"]
+    )
 
 
 @pytest.mark.parametrize("path", BIG, ids=lambda path: path.stem)
@@ -82,11 +84,20 @@ def test_one_card_too_few_is_refused_with_the_nearest_that_fits(path, cli):
 
 
 FAULTS = {
-    "experts": (["parallel.expert_model_parallel_size=3"], ["3 does not divide the 128 experts", "allowed: 1, 2, 4, 8"]),
+    "experts": (
+        ["parallel.expert_model_parallel_size=3"],
+        ["3 does not divide the 128 experts", "allowed: 1, 2, 4, 8"],
+    ),
     "heads": (["parallel.tensor_model_parallel_size=16"], ["does not divide the 8 query groups; allowed: 1, 2, 4, 8"]),
     "stages": (["parallel.pipeline_model_parallel_size=64"], ["64 exceeds the 46 layers"]),
-    "batch": (["train.global_batch_size=6"], ["global_batch_size 6 is no multiple of micro_batch_size 1 × 4", "use 4 or 8"]),
-    "row": (["data.seq_length=8191", "parallel.tensor_model_parallel_size=2"], ["8191 is no multiple of 2", "8190 or 8192"]),
+    "batch": (
+        ["train.global_batch_size=6"],
+        ["global_batch_size 6 is no multiple of micro_batch_size 1 × 4", "use 4 or 8"],
+    ),
+    "row": (
+        ["data.seq_length=8191", "parallel.tensor_model_parallel_size=2"],
+        ["8191 is no multiple of 2", "8190 or 8192"],
+    ),
     "card": (["--gpu", "b100"], ["unknown card", "Did you mean", "memory_gib=…"]),
     "card by half": (["--gpu", "memory_gib=48"], ["tflops, bandwidth_gb_s, link_gb_s missing"]),
     "card by nonsense": (["--gpu", "h100:memory_gib=-1"], ["no KEY=NUMBER above 0"]),
@@ -206,7 +217,9 @@ def test_work_is_four_flop_a_frozen_weight_and_six_a_trained_one():
         found = work(spec, Recipe.load(AIR_LORA, changes))
         short = 1000 * [1]  # hardly any attention
         assert found.of(short, 0) == pytest.approx(factor * active * 1000, rel=0.03)
-        assert found.of([1000], 10) - found.of([1000], 0) == pytest.approx(factor * spec.hidden_size * spec.vocab_size * 10)
+        assert found.of([1000], 10) - found.of([1000], 0) == pytest.approx(
+            factor * spec.hidden_size * spec.vocab_size * 10
+        )
         squares = found.of([2000], 0) - found.of([1000, 1000], 0)
         assert squares == pytest.approx(3.5 * spec.num_layers * 2 * heads * (2000**2 - 2 * 1000**2))
 
@@ -241,7 +254,9 @@ def test_the_official_table_is_what_search_says(name, gpus, least):
     spec, _ = find_spec(recipe.model.path)
     found = {n: search(spec, recipe, Hardware(CARDS["h20"], n, 8, recipe.data.seq_length)) for n in (gpus, least)}
     (row,) = (
-        line for line in document.splitlines() if f"| {gpus} × H20 with nothing recomputed; **{least} × H20** fit" in line
+        line
+        for line in document.splitlines()
+        if f"| {gpus} × H20 with nothing recomputed; **{least} × H20** fit" in line
     )
     assert not found[gpus][0].recomputed and not found[gpus][0].recipe.train.recompute_modules
     layout = found[least][0].layout
@@ -267,7 +282,9 @@ def test_without_a_card_all_are_shown(cli):
 
 
 def test_the_script_asks_for_whole_nodes(cli):
-    code, out, _ = cli("plan", ROOT / "recipes" / "glm45_sft_128xh20.yaml", "--gpu", "h20", "--sbatch", "optimizer.lr=2e-5")
+    code, out, _ = cli(
+        "plan", ROOT / "recipes" / "glm45_sft_128xh20.yaml", "--gpu", "h20", "--sbatch", "optimizer.lr=2e-5"
+    )
     assert code == 0 and "--nodes=16\n" in out and "--ntasks-per-node=8\n" in out and "--gpus-per-node=8\n" in out
     assert "optimizer.lr=2e-5)" in out
     code, _, err = cli("plan", AIR_LORA, "--gpu", "h20", "--gpus", 12, "train.global_batch_size=12", "--sbatch")

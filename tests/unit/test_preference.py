@@ -71,7 +71,9 @@ def answers(checkpoint, samples) -> torch.Tensor:
 def test_the_first_step_starts_from_the_reference_and_the_next_ones_learn(train, loss, beta, first):
     """Before any update policy and reference are the same bits: the loss is its constant, margins exactly 0."""
     settings, rate = {"steps": 4, "global_batch_size": 8}, {"lr": 2e-4, "min_lr": 2e-4}
-    steps = train(**LORA, preference={"loss": loss, "beta": beta}, train=settings, optimizer=rate, data={"eval_ratio": 0.2})
+    steps = train(
+        **LORA, preference={"loss": loss, "beta": beta}, train=settings, optimizer=rate, data={"eval_ratio": 0.2}
+    )
     assert steps[0]["train/loss"] == pytest.approx(first, rel=1e-6)
     assert steps[0]["preference/margin"] == 0 and steps[0]["preference/accuracy"] == 0
     assert steps[-1]["train/loss"] < steps[0]["train/loss"] and steps[-1]["preference/margin"] > 0
@@ -79,7 +81,9 @@ def test_the_first_step_starts_from_the_reference_and_the_next_ones_learn(train,
     assert not any("routes" in name for step in steps for name in step)
 
 
-def test_log_probabilities_and_the_sft_term_are_those_of_each_pair_alone(train, checkpoints, pairs, make_recipe, tmp_path):
+def test_log_probabilities_and_the_sft_term_are_those_of_each_pair_alone(
+    train, checkpoints, pairs, make_recipe, tmp_path
+):
     """Packed rows of pairs against one answer at a time: chosen and rejected log-probabilities and the cross entropy, 1e-5."""
     steps = train(**LORA, preference={"sft_weight": 0.5}, train={"steps": 1, "global_batch_size": 16})
     recipe = make_recipe(checkpoints["air"], pairs, tmp_path / "other", **LORA, preference={}, data={"seq_length": 320})

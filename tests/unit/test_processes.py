@@ -25,7 +25,9 @@ convert(MODEL, OUTPUT, "mcore", workers=2)
 """
 
 
-@pytest.mark.parametrize("script, said", [(RENDERS, ["begun", "24"]), (CONVERTS, ["begun"])], ids=["renders", "converts"])
+@pytest.mark.parametrize(
+    "script, said", [(RENDERS, ["begun", "24"]), (CONVERTS, ["begun"])], ids=["renders", "converts"]
+)
 def test_a_script_without_a_guard_runs_once(checkpoints, corpus, tmp_path, script, said):
     names = {"CORPUS": corpus, "MODEL": checkpoints["air"], "OUTPUT": tmp_path / "out"}
     path = tmp_path / "script.py"

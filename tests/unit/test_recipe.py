@@ -29,7 +29,10 @@ def test_a_resolved_recipe_is_the_same_recipe(tmp_path):
 
 
 FAULTS = [
-    ({"parallel": {"tensor_parallel": 2}}, ["parallel.tensor_parallel: unknown key", "parallel.tensor_model_parallel_size"]),
+    (
+        {"parallel": {"tensor_parallel": 2}},
+        ["parallel.tensor_parallel: unknown key", "parallel.tensor_model_parallel_size"],
+    ),
     ({"modell": {}}, ["modell: unknown key", "model"]),
     ({"train": {"epochs": 1, "steps": 2}}, ["train", "either epochs or steps"]),
     ({"train": {"epochs": 0}}, ["train.epochs", "greater than 0"]),
@@ -51,7 +54,10 @@ FAULTS = [
     ({"model": {"path": "m", "params_dtype": "fp16"}}, ["model.params_dtype", "'bf16' or 'fp32'", "'fp16'"]),
     ({"data": {"train": "d", "eval": "e", "eval_ratio": 0.1}}, ["data", "eval and eval_ratio"]),
     ({"parallel": {"context_parallel": 2}}, ["parallel.context_parallel: unknown key", "context_parallel_size"]),
-    ({"parallel": {"virtual_pipeline_model_parallel_size": 0}}, ["virtual_pipeline_model_parallel_size", "greater than 0"]),
+    (
+        {"parallel": {"virtual_pipeline_model_parallel_size": 0}},
+        ["virtual_pipeline_model_parallel_size", "greater than 0"],
+    ),
     ({"optimizer": {"exp_avg_dtype": "fp8"}}, ["optimizer.exp_avg_dtype", "'bf16' or 'fp32'"]),
     ({"optimizer": {"exp_avg_sq_dtype": "bf16", "adam_beta2": 0.999}}, ["adam_beta2 ≤ 0.99", "it is 0.999"]),
     ({"optimizer": {"optimizer_offload_fraction": 1.5}}, ["optimizer_offload_fraction", "less than or equal to 1"]),
@@ -90,7 +96,9 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match="the key optimizer stands there twice(.|\n)*line"):
         Recipe.load(path)
     path.write_text(yaml.safe_dump(BASE | {"data": {"source": "a"}}))
-    assert Recipe.load(path, ["data.train=b"]).data.train == "b" and Recipe.load(path, ["data.source=b"]).data.train == "b"
+    assert (
+        Recipe.load(path, ["data.train=b"]).data.train == "b" and Recipe.load(path, ["data.source=b"]).data.train == "b"
+    )
 
 
 def test_all_faults_come_in_one_message():
@@ -148,7 +156,9 @@ def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
         ): "tensor 2 × pipeline 4 = 8 does not divide the 12 ranks of this job. Use a multiple of 8 ranks",
         Layout(2, 4, world_size=20): "Use a multiple of 8 ranks; nearest: 16 or 24.",
         Layout(2, 4, world_size=4): "nearest: 8.",
-        Layout(context_parallel_size=4, world_size=6): "tensor 1 × context 4 × pipeline 1 = 4 does not divide the 6 ranks",
+        Layout(
+            context_parallel_size=4, world_size=6
+        ): "tensor 1 × context 4 × pipeline 1 = 4 does not divide the 6 ranks",
         Layout(expert_model_parallel_size=4, expert_tensor_parallel_size=2, world_size=12): "nearest: 8 or 16",
         Layout(pipeline_model_parallel_size=4, world_size=4): "exceeds the 3 layers",
         Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, world_size=2): (
@@ -173,8 +183,12 @@ def test_stages_cover_every_layer_once_and_evenly(checkpoints, num_layers, mtp, 
     """Also what a rank holds in all: its virtual stages together differ by at most one layer from another rank's."""
     import dataclasses
 
-    spec = dataclasses.replace(load_spec(checkpoints["air"]), num_layers=num_layers, num_dense_layers=1, mtp_num_layers=mtp)
-    layout = Layout(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual, world_size=stages)
+    spec = dataclasses.replace(
+        load_spec(checkpoints["air"]), num_layers=num_layers, num_dense_layers=1, mtp_num_layers=mtp
+    )
+    layout = Layout(
+        pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual, world_size=stages
+    )
     sizes = layout.stage_layers(spec, with_mtp=bool(mtp))
     assert sum(sizes) == num_layers and len(sizes) == stages * virtual and min(sizes) >= 1
     loads = [*sizes[:-1], sizes[-1] + mtp]

@@ -40,7 +40,9 @@ def run(request, tmp_path):
         row |= {"grad_norm/attention": 0.5, "grad_norm/experts": 0.25, "loss/<b>maths</b>": 2.0}
         row |= {"eval/loss": 3.25} if step % 10 == 0 or step == request.param else {}
         rows.append(json.dumps(row))
-    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 9', encoding="utf-8")  # the last is being written
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(rows) + '\n{"step": 9', encoding="utf-8"
+    )  # the last is being written
     facts = {"kind": "run", "model": "/models/GLM-4.5-Air", "lora": {"r": 8}, "versions": {"torch": "2.11.0"}}
     (tmp_path / "glm45_tune.json").write_text(json.dumps(facts))
     (tmp_path / "recipe.yaml").write_text("data: {train: '</script><script>alert(1)</script>'}\n")
@@ -56,7 +58,11 @@ def run(request, tmp_path):
 def browse(path, tmp_path) -> str:
     """The page as a browser that reaches no host has made it."""
     switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=5000"]
-    switches += [f"--user-data-dir={tmp_path}/browser", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
+    switches += [
+        f"--user-data-dir={tmp_path}/browser",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+    ]
     ended = subprocess.run(
         [CHROMIUM, *switches, "--dump-dom", f"file://{path}"], capture_output=True, text=True, timeout=180, check=True
     )
@@ -89,7 +95,9 @@ def test_a_browser_draws_every_curve_and_tells_what_is_under_the_mouse(run, tmp_
     assert set(told) == set(titles) and all(display == "block" for display, _ in told.values())
     assert told["Loss"][1].startswith(f"step {count}\n") and "eval/loss 3.25" in told["Loss"][1]
     assert told["MFU"][1] == f"step {count}\nperf/mfu 0.31" and "loss/<b>maths</b> 2" in told["Loss by channel"][1]
-    assert "MoE layer 1, expert 2: 0 × the mean" in told["Every expert's tokens over its layer's mean, the last steps"][1]
+    assert (
+        "MoE layer 1, expert 2: 0 × the mean" in told["Every expert's tokens over its layer's mean, the last steps"][1]
+    )
     layers = told["The busiest expert of every layer, step by step"][1]
     assert layers.startswith("layer 6, step ") and layers.endswith("1.6 × the mean")
 
@@ -99,8 +107,16 @@ def test_conversations_of_reinforcement_learning_stand_with_their_rewards(run):
     directory, _ = run
     lines = []
     for step in range(1, 41):
-        line = {"step": step, "prompt": f"问 {step}<i>", "completion": f"答 {step}", "reward": step / 40, "advantage": -0.5}
-        lines.append(json.dumps(line | {"reward": None if step == 40 else step / 40, "finish": "stop", "version": step}))
+        line = {
+            "step": step,
+            "prompt": f"问 {step}<i>",
+            "completion": f"答 {step}",
+            "reward": step / 40,
+            "advantage": -0.5,
+        }
+        lines.append(
+            json.dumps(line | {"reward": None if step == 40 else step / 40, "finish": "stop", "version": step})
+        )
     (directory / "samples.jsonl").write_text("\n".join(lines) + "\n")
     text = page.write(directory).read_text(encoding="utf-8")
     shown = re.findall(
@@ -112,7 +128,14 @@ def test_conversations_of_reinforcement_learning_stand_with_their_rewards(run):
 def test_evaluations_stand_base_beside_tuned(run):
     directory, _ = run
     assert "Not evaluated" in page.write(directory).read_text(encoding="utf-8")
-    score = {"num_questions": 102, "exact": 0.25, "non_thinking": 0.0, "valid_calls": None, "perplexity": 12.345, "rows": []}
+    score = {
+        "num_questions": 102,
+        "exact": 0.25,
+        "non_thinking": 0.0,
+        "valid_calls": None,
+        "perplexity": 12.345,
+        "rows": [],
+    }
     entry = {"data": "<b>.jsonl", "sha256": "0", "step": 60, "think": False, "base": score}
     entry["tuned"] = score | {"exact": 0.98, "valid_calls": 0.5}
     (directory / "eval.json").write_text(json.dumps([entry]))

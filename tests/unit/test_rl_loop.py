@@ -233,7 +233,9 @@ def test_a_reward_that_fails_for_every_answer_ends_the_run(make, capsys):
     """In one step it may be the answers; in several it is the function, or what it asks."""
     sections = {"rl": {"rewards": [{"function": "loop_rewards:never"}]}, "train": {"steps": 9, "max_skipped_steps": 2}}
     job = make(**sections)
-    with pytest.raises(StoppedError, match="no answer got a reward in 2 steps in a row, up to step 2 .*max_skipped_steps"):
+    with pytest.raises(
+        StoppedError, match="no answer got a reward in 2 steps in a row, up to step 2 .*max_skipped_steps"
+    ):
         loop.run(job)
     said = capsys.readouterr().err
     assert "step 1 is left out: none of its 16 answers got a reward" in said and "ConnectionError: no judge" in said
@@ -244,7 +246,9 @@ def test_the_batch_of_a_step_that_is_not_finite_is_its_answers(make, capsys):
     run(job)
     NonFinite(job, 0, writes=True).see(1, {"is_skipped": True, "train/loss": math.nan, "train/grad_norm": math.nan})
     lines = [json.loads(line) for line in (job.run / "nonfinite" / "step_000001.jsonl").read_text().splitlines()]
-    assert len(lines) == 16 and all(line["source"].endswith("prompts.jsonl") and "个问题" in line["text"] for line in lines)
+    assert len(lines) == 16 and all(
+        line["source"].endswith("prompts.jsonl") and "个问题" in line["text"] for line in lines
+    )
     assert all(0 < sum(line["loss_mask"]) <= 12 and len(line["input_ids"]) == len(line["loss_mask"]) for line in lines)
 
 

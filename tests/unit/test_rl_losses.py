@@ -71,7 +71,9 @@ def random_answers(seed: int):
         return [torch.randn(length, generator=generator) * 0.3 - 1 for length in lengths]
 
     def flat(parts, fill):
-        return torch.cat([torch.cat([torch.full((1,), fill).to(part), part]) for part in parts] + [parts[0].new_zeros(2)])
+        return torch.cat(
+            [torch.cat([torch.full((1,), fill).to(part), part]) for part in parts] + [parts[0].new_zeros(2)]
+        )
 
     sequence = torch.cat([torch.full((length + 1,), n) for n, length in enumerate(lengths)] + [torch.full((2,), -1)])
     mask = flat([torch.ones(length, dtype=torch.bool) for length in lengths], False)
@@ -140,12 +142,17 @@ def test_divergence_estimators_estimate_the_divergence():
     exact = (p.exp() * (p - q)).sum().item()
     means = {kind: (p.exp() * divergence(p, q, kind)).sum().item() for kind in ("k1", "k2", "k3")}
     assert (
-        means["k1"] == pytest.approx(exact) and means["k3"] == pytest.approx(exact) and means["k2"] != pytest.approx(exact)
+        means["k1"] == pytest.approx(exact)
+        and means["k3"] == pytest.approx(exact)
+        and means["k2"] != pytest.approx(exact)
     )
 
 
 def test_truncated_importance_sampling_by_hand():
-    old, engine = torch.log(torch.tensor([0.5, 0.5, 0.9, 0.3, 0.5])), torch.log(torch.tensor([0.25, 0.1, 0.9, 0.6, 0.5]))
+    old, engine = (
+        torch.log(torch.tensor([0.5, 0.5, 0.9, 0.3, 0.5])),
+        torch.log(torch.tensor([0.25, 0.1, 0.9, 0.6, 0.5])),
+    )
     sequence, mask = torch.tensor([0, 0, 1, 1, -1]), torch.tensor([True, True, False, True, False])
     weigh = importance_weights
     assert weigh(old, engine, mask, sequence, 2, "token", 3.0)[mask].tolist() == pytest.approx([2, 3, 0.5])
@@ -181,5 +188,7 @@ def test_preference_losses_by_hand():
 def test_before_the_first_update_every_pair_loss_is_its_constant():
     same_values = torch.randn(6)
     others = torch.randn(6)
-    assert pair_losses(same_values, others, same_values, others, "sigmoid", 0.3).tolist() == pytest.approx([math.log(2)] * 6)
+    assert pair_losses(same_values, others, same_values, others, "sigmoid", 0.3).tolist() == pytest.approx(
+        [math.log(2)] * 6
+    )
     assert pair_losses(same_values, others, same_values, others, "ipo", 0.5).tolist() == pytest.approx([1.0] * 6)

@@ -79,7 +79,10 @@ def test_what_is_built_in(name, options, completion, columns, wanted):
 def test_what_the_prompt_begins_of_a_thought_counts(begun, completion, said, thinks, plain):
     prompt = f"[gMASK]<sop><|user|>\nWhat is <think>?<|assistant|>{begun}"
     assert rewards.spoken(prompt, completion) == said
-    assert rewards.format(prompt, completion, {}) == thinks and rewards.format(prompt, completion, {}, thinks=False) == plain
+    assert (
+        rewards.format(prompt, completion, {}) == thinks
+        and rewards.format(prompt, completion, {}, thinks=False) == plain
+    )
 
 
 def test_options_a_reward_does_not_take_are_said_before_anything_runs():
@@ -223,8 +226,14 @@ def test_async_functions_run_side_by_side(functions, monkeypatch):
 
 
 def test_batched_functions_get_all_and_fail_together(functions, monkeypatch):
-    assert [value for value, _, _ in evaluate(functions, monkeypatch, "my_rewards:together", ["a", "b", "c"])] == [3, 3, 3]
-    assert {fault for _, fault, _ in evaluate(functions, monkeypatch, "my_rewards:together", ["a", "raise"])} == {"raised"}
+    assert [value for value, _, _ in evaluate(functions, monkeypatch, "my_rewards:together", ["a", "b", "c"])] == [
+        3,
+        3,
+        3,
+    ]
+    assert {fault for _, fault, _ in evaluate(functions, monkeypatch, "my_rewards:together", ["a", "raise"])} == {
+        "raised"
+    }
     assert {fault for _, fault, _ in evaluate(functions, monkeypatch, "my_rewards:together", ["a", "few"])} == {
         "wrong count"
     }
@@ -273,7 +282,10 @@ def test_a_function_that_cannot_be_asked_is_said_before_anything_runs(functions,
 def test_weighted_sums_and_what_a_fault_leaves(functions, monkeypatch):
     """0.5 · length + 2 · bad; an answer whose one part failed has no reward, and is not 0."""
     monkeypatch.chdir(functions)
-    configs = [RewardConfig(function="my_rewards:good", weight=0.5), RewardConfig(function="my_rewards:bad", weight=2.0)]
+    configs = [
+        RewardConfig(function="my_rewards:good", weight=0.5),
+        RewardConfig(function="my_rewards:bad", weight=2.0),
+    ]
     workers = [Worker(config, 5.0) for config in configs]
     try:
         found = rewards.score(configs, workers, ["?"] * 3, ["abc", "raise", ""], [{}] * 3)

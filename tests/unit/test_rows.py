@@ -150,7 +150,8 @@ messages = st.lists(
     st.fixed_dictionaries(
         {},
         optional={
-            "role": st.sampled_from(["user", "assistant", "system", "tool", "gpt", "function_call", "bot"]) | json_values,
+            "role": st.sampled_from(["user", "assistant", "system", "tool", "gpt", "function_call", "bot"])
+            | json_values,
             "content": st.text() | json_values,
             "reasoning_content": st.text() | json_values,
             "tool_calls": json_values | st.just([CALL]),
@@ -181,7 +182,9 @@ fuzzed = st.dictionaries(
 ) | st.fixed_dictionaries({"messages": messages})
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(row=fuzzed, kind=st.sampled_from(["sft", "preference", "rl"]))
 @example(row={"messages": [], "rejected_messages": [None]}, kind="preference")
 def test_any_row_gets_a_verdict(tokenizer, row, kind):

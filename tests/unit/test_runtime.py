@@ -47,7 +47,9 @@ def test_groups_are_opened_in_the_same_order_on_every_rank(monkeypatch):
 def test_groups_of_the_same_ranks_are_one(one_rank):
     """Each group over NCCL takes memory; those of one rank alone are all the job's own. A group made later is its own again."""
     getters = [getattr(parallel_state, name) for name in dir(parallel_state) if name.endswith("_parallel_group")]
-    found = [getter() for getter in getters if getter.__name__.startswith("get_") and "hierarchical" not in getter.__name__]
+    found = [
+        getter() for getter in getters if getter.__name__.startswith("get_") and "hierarchical" not in getter.__name__
+    ]
     assert len(found) > 9 and all(group is dist.group.WORLD for group in found)
     other = dist.new_group([0])
     assert other is not dist.group.WORLD

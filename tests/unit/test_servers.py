@@ -52,7 +52,11 @@ def make(checkpoints, prompts, make_recipe, tmp_path, backend):
         recipe["data"] |= {"format": "rl"}
         recipe |= {"lora": {"r": 4, "target_modules": "all-linear"}} if lora else {}
         served = {"kind": dialect, "command": command, "timeout_seconds": 60, "start_seconds": 120} | dict(engine)
-        recipe["rl"] = {"rewards": [{"function": "length", "options": {"target": 30}}], "group_size": 2, "max_new_tokens": 6}
+        recipe["rl"] = {
+            "rewards": [{"function": "length", "options": {"target": 30}}],
+            "group_size": 2,
+            "max_new_tokens": 6,
+        }
         recipe["rl"] |= {"engine": served} | rl
         return prepare(Recipe.from_dict(recipe))
 
@@ -96,7 +100,9 @@ def test_a_server_that_dies_hangs_or_answers_badly(make):
         make.orders.write_text("short")
         answers = engine.generate([Request(job.train.samples[n].input_ids.tolist(), 4) for n in range(3)], seed=0)
         assert [answer.finish for answer in answers] == ["aborted"] * 3
-        assert engine.metrics()["rl/engine_faults/bad answer"] == 9 and engine.metrics()["rl/engine_faults/given up"] == 3
+        assert (
+            engine.metrics()["rl/engine_faults/bad answer"] == 9 and engine.metrics()["rl/engine_faults/given up"] == 3
+        )
         with pytest.raises(UserError, match="tokens came with"):
             engine.synchronise(1)
     finally:

@@ -136,7 +136,9 @@ def test_functions_and_hub_data_stream(tokenizer, folder, tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "train.jsonl").write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(9)))
-    lines = [row[0].line for row in Stream(options("hf:./repo", packing=False, streaming_window=9), tokenizer, 1).rows(18)]
+    lines = [
+        row[0].line for row in Stream(options("hf:./repo", packing=False, streaming_window=9), tokenizer, 1).rows(18)
+    ]
     assert sorted(lines) == sorted(2 * list(range(1, 10)))
 
 

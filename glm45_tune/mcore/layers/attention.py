@@ -189,7 +189,9 @@ class PackedRow(PackedSeqParams):
     def document(self) -> torch.Tensor:
         """int64 [T]: the document of each token."""
         lengths = np.diff(self.bounds)
-        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.cu_seqlens_q.device, non_blocking=True)
+        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(
+            self.cu_seqlens_q.device, non_blocking=True
+        )
 
     @functools.cached_property
     def place(self) -> torch.Tensor:

@@ -117,7 +117,9 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> to
     return torch.cat([rows @ w for rows, w in zip(_rows_of_experts(x, edges), weight)])
 
 
-def grouped_add_(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float) -> None:
+def grouped_add_(
+    output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float
+) -> None:
     """Add scaling times what `grouped_mm` gives to output [N, B]."""
     if _one_kernel(x, weight):
         fast.grouped_add_(output, x, weight, edges, scaling)
@@ -249,7 +251,9 @@ class GroupedLinear(torch.nn.Module):
         self.register_module("adapter", None)
         self.cut_dim = cut_dim
         self.weight = torch.nn.Parameter(
-            torch.empty(num_experts, output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+            torch.empty(
+                num_experts, output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+            )
         )
         mark_expert_parameter(self.weight, cut_dim)
         if config.perform_initialization:

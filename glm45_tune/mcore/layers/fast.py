@@ -48,7 +48,13 @@ def quack_gemm(tile_m: int, tile_n: int, pingpong: bool, cluster_n: int, swap_ab
     except ImportError:
         return None
     tile = GemmConfig(
-        tile_m, tile_n, pingpong=pingpong, cluster_m=1, cluster_n=cluster_n, swap_ab=swap_ab, is_dynamic_persistent=False
+        tile_m,
+        tile_n,
+        pingpong=pingpong,
+        cluster_m=1,
+        cluster_n=cluster_n,
+        swap_ab=swap_ab,
+        is_dynamic_persistent=False,
     )
     return functools.partial(gemm_tuned.fn, config=tile)
 
@@ -73,7 +79,9 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> to
     return out
 
 
-def grouped_add_(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float) -> None:
+def grouped_add_(
+    output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float
+) -> None:
     """Add scaling times that product to output [N, B]; by QuACK in one pass, else made apart first."""
     gemm = quack_gemm(128, 256, False, 1)
     if gemm is None:

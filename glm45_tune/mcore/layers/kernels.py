@@ -200,7 +200,11 @@ def _heads(
     own += token * pitch
     at = mixed + token * GROUPS * (PER_GROUP + 2) * SIZE + head * SIZE
     source, target = (own, at) if JOIN else (at, own)
-    low, high, rest = tl.arange(0, HALF)[None, :], HALF + tl.arange(0, HALF)[None, :], 2 * HALF + tl.arange(0, REST)[None, :]
+    low, high, rest = (
+        tl.arange(0, HALF)[None, :],
+        HALF + tl.arange(0, HALF)[None, :],
+        2 * HALF + tl.arange(0, REST)[None, :],
+    )
     a = tl.load(source + low, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + high, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(source + rest, mask=inside, other=0.0).to(tl.float32)
@@ -246,7 +250,9 @@ def split_heads(
     return query, key, value
 
 
-def join_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, heads: int) -> torch.Tensor:
+def join_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, heads: int
+) -> torch.Tensor:
     """The transpose of `split_heads`: gradients of query, key and value → gradient of mixed."""
     tokens, groups, size = key.shape
     mixed = query.new_empty(tokens, groups, heads + 2, size)
@@ -301,7 +307,9 @@ def _softmax_gradient(logits, labels, lse, scale, words, HAS_SCALE: tl.constexpr
     tl.store(at, values.to(logits.dtype.element_ty), mask=column < words)
 
 
-def softmax_gradient_(logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, scale: torch.Tensor | None) -> None:
+def softmax_gradient_(
+    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, scale: torch.Tensor | None
+) -> None:
     """Put (softmax − one-hot of the label) · scale in the place of logits [N, V]; lse, scale: fp32 [N]."""
     words = logits.shape[1]
     grid = (logits.shape[0], triton.cdiv(words, 4096))

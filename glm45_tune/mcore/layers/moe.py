@@ -86,7 +86,9 @@ class MoE(MoELayer):
 
     def __init__(self, config, pg_collection, is_mtp_layer=False, name=None, *, submodules: MLPSubmodules):
         """submodules: the shared experts' linears."""
-        BaseMoELayer.__init__(self, config, None, pg_collection, is_mtp_layer)  # not MoELayer's, which builds a dispatcher
+        BaseMoELayer.__init__(
+            self, config, None, pg_collection, is_mtp_layer
+        )  # not MoELayer's, which builds a dispatcher
         self.router = Router(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.experts = GroupedExperts(self.num_local_experts, config, pg_collection)
         self.shared_experts = SharedExperts(config, submodules, gate=False, pg_collection=pg_collection)

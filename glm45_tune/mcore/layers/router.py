@@ -95,7 +95,9 @@ class Router(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         return _Gate.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
 
-    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         padding = None if padding_mask is None else padding_mask.flatten()
         logits = self.apply_z_loss(logits.flatten(0, -2), padding)
