@@ -60,7 +60,7 @@ def read_metadata(data: bytes) -> tuple[dict[str, TensorStorageMetadata], dict[M
         whole = _Machine(data).run()
     except (struct.error, IndexError) as error:
         raise MetadataError("it ends in the middle of a value") from error
-    except (KeyError, TypeError, UnicodeDecodeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MetadataError(f"its values do not fit together ({error})") from error
     fields = _state(whole, "Metadata", "MCoreMetadata")
     tensors, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
