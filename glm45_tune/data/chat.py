@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm45_tune.data.fields import call_arguments, read_message, read_tool
+from glm45_tune.data.fields import THOUGHTS, call_arguments, read_message, read_tool
 from glm45_tune.data.formats import ALIASES, canonical, field_of, unused_fields
 from glm45_tune.data.length import Fitted, Tokens, fit, why_left_out
 from glm45_tune.data.thoughts import check_tags, split_thought
@@ -127,6 +127,8 @@ class ChatRenderer:
             fitted = self._tokens(made)
             counts = fitted.counts
             counts.update(f"rows with the unused field {name}" for name in unused)
+            if any(map(_is_empty, made.get("messages", ()))):
+                counts["rows with an empty answer, of which the end alone is trained"] += 1
             if self.options.turns == "last" and _asks_for_earlier(made.get("messages", ())):
                 counts["rows that ask for an earlier turn, which turns: last leaves out"] += 1
             kept = self._kept(row)
@@ -325,6 +327,12 @@ class ChatRenderer:
             first += len(self._given)
         ends_turn = end < len(ids) and self._kinds[ids[end]] in ("user", "tool")
         mask[first : end + ends_turn] = weight
+
+
+def _is_empty(message: dict) -> bool:
+    """Whether an assistant's message that is trained says nothing, thinks nothing and calls nothing."""
+    says = message.get("content") or any(message.get(name) for name in ("tool_calls", *THOUGHTS, "function_call"))
+    return message["role"] == "assistant" and not says and message.get("loss") is not False
 
 
 def _asks_for_earlier(messages: list) -> bool:

@@ -11,6 +11,7 @@ from glm45_tune.errors import DataError
 # each: our name → what others call it
 ROW_ALIASES = {"tools": ("functions", "tool_defs", "tool_definitions")}
 _MESSAGE_ALIASES = {"reasoning_content": ("reasoning", "thinking"), "loss": ("train",)}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _MESSAGE = ("role", "content", "reasoning_content", "tool_calls", "loss", "loss_scale")
 _COMMON = ("tools", "enable_thinking", "channel")
 # they tie a result to its call; the template goes by the order

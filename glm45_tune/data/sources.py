@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from glm45_tune.data.chat import ChatRenderer, Sample
-from glm45_tune.data.files import as_row, files_of, read_rows, without_made_up
+from glm45_tune.data.files import as_row, files_of, left_out_of, read_rows, without_made_up
 from glm45_tune.data.formats import KINDS, format_of
 from glm45_tune.data.functions import function_named
 from glm45_tune.data.labels import LabelledRenderer
 from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
-from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
+from glm45_tune.data.store import MOST_LEFT_OUT, Origins, Row, key_of, locked, render_once, store, stored
 from glm45_tune.errors import DataError
 from glm45_tune.progress import bar
 from glm45_tune.recipe import DataConfig, Recipe, SourceConfig, Sources, sources_of
@@ -67,12 +67,16 @@ class Corpus:
     def _said(self) -> str:
         return ", ".join(f"{count} {what}" for what, count in {"bad": len(self.faults), **self.counts}.items())
 
-    def check(self, on_bad_row: str) -> None:
-        """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
+    def check(self, on_bad_row: str, name: str = "data.train") -> None:
+        """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped, or where none is left."""
         if self.faults and on_bad_row == "error":
             raise DataError("\n".join(listed(self.faults)))
         if not self.samples:
-            raise DataError(f"of {self.num_rows} rows none is left to train on ({self._said()}).")
+            raise DataError(
+                f"{name} holds no rows."
+                if not self.num_rows
+                else f"{name}: of {self.num_rows} rows none is left ({self._said()})."
+            )
 
 
 def listed(faults: list[Fault], most: int = 20) -> list[str]:
@@ -101,11 +105,14 @@ def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int)
     count = source.rpartition("#")[2]
     if not int(count):
         raise DataError(f"{source}: asks for 0 rows of {name}; #N takes N of them, at least 1.")
-    everything = list(_rows_of(name, read))
-    if int(count) > len(everything):
-        raise DataError(f"{source}: asks for {count} rows of {len(everything)}.")
-    chosen = sorted(random.Random(seed).sample(range(len(everything)), int(count)))
-    return iter([everything[index] for index in chosen])
+    # files are read twice, the first time to count; what a hub or a function yields may differ then and is held
+    again = Path(name).exists()
+    everything = [] if again else list(_rows_of(name, read))
+    total = sum(1 for _ in _rows_of(name, int)) if again else len(everything)
+    if int(count) > total:
+        raise DataError(f"{source}: asks for {count} rows of {total}.")
+    chosen = set(random.Random(seed).sample(range(total), int(count)))
+    return (row for index, row in enumerate(_rows_of(name, read) if again else everything) if index in chosen)
 
 
 def _rows_of(source: str, read: Callable[[int], object]) -> Iterator[Row]:
@@ -222,7 +229,12 @@ def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus
             samples, facts = render_once(_counted(read_source(source.path, seed), done), renderer)
     if source.weight != 1:
         samples = Chosen(samples, _weighted(len(samples), source.weight, seed, renderer.per_row))
-    return Corpus.of(samples, facts)
+    corpus = Corpus.of(samples, facts)
+    if others := left_out_of(name):
+        corpus.counts["files of a folder left out, which hold no rows"] = len(others)
+        why = "left out: hidden, or not a file of rows"
+        corpus.left_out += [Fault(str(file), 1, None, why) for file in others[:MOST_LEFT_OUT]]
+    return corpus
 
 
 def _counted(rows: Iterable[Row], done: Callable[[int], object]) -> Iterator[Row]:
@@ -340,7 +352,7 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
     train.check(options.on_bad_row)
     if options.eval:
         held = load(options.eval, renderer, seed)
-        held.check(options.on_bad_row)
+        held.check(options.on_bad_row, "data.eval")
         return train, held
     return train, hold_out(train, options, seed)
 

@@ -124,8 +124,11 @@ def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
     digest.update((tokenizer.chat_template or "").encode() + tokenizer.backend_tokenizer.to_str().encode())
     for file in files:
         digest.update(f"{file}\0".encode())
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        try:
+            with open(file, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
 
 

@@ -196,6 +196,7 @@ def test_no_field_vanishes(tokenizer, fields, of_message):
         "rejected",
         "conversations",
     }
+    known |= {"tool_call_id", "reasoning_content", "function_call", "tool_defs", "text", "prompt", "query"}
     fields = {name: value for name, value in fields.items() if name not in known}
     row = {"messages": [Q, {**A, **fields}]} if of_message else {"messages": [Q, A], **fields}
     try:
