@@ -68,11 +68,18 @@ def tiny(
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With a multi-token-prediction layer.")] = True,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed, other weights.")] = 0,
     fp8: Fp8Option = None,
+    copies: Annotated[
+        bool,
+        typer.Option(
+            "--mtp-copies/--no-mtp-copies", help="MTP repeats embedding and head, as in GLM-4.5; 4.6 does not."
+        ),
+    ] = True,
 ) -> None:
     """Write a small random checkpoint in the exact layout of the hub's, to try everything on."""
     from glm45_tune.tiny import checkpoint
 
-    checkpoint.write(output, like.value, mtp, seed, fp8.value if fp8 else None)
+    layout = {} if copies else {"mtp_copies": ()}
+    checkpoint.write(output, like.value, mtp, seed, fp8.value if fp8 else None, **layout)
     _say(f"wrote {output}: a random {like.value}-like model of {size_of(output)}")
 
 
@@ -102,8 +109,12 @@ def convert(
     if to_mcore and fp8:
         raise UserError("convert: --fp8 is of --to-hf; megatron's weights stay as they are read.")
     from glm45_tune.conversion import outdir, stream
+    from glm45_tune.conversion.check import remarks
 
-    total = stream.total_bytes(stream.open_model(model))
+    opened = stream.open_model(model)
+    for remark in remarks(opened):
+        _say(f"note: {remark}")
+    total = stream.total_bytes(opened)
     with bar("convert", total * (2 if verify else 1)) as tick:
         source = stream.convert(
             model,

@@ -1,6 +1,6 @@
 """The sizes of a GLM-4.5 model, read from the checkpoint's own config.json. No torch, no megatron."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,9 @@ LARGEST = 2**31
 """No size of a model is larger."""
 MOST_LAYERS, MOST_EXPERTS = 2**12, 2**17
 """Of all layers together: the tables of tensors grow with both, so a bad number must not make one."""
+
+
+MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,9 @@ class ModelSpec:
     layernorm_epsilon: float
     mtp_num_layers: int
     eos_token_ids: tuple[int, ...]
+    # left out of repr, by which adapters know their base
+    mtp_copies: tuple[str, ...] = field(default=MTP_COPIES, repr=False)
+    """Which tensors of the model each MTP layer repeats in the checkpoint: GLM-4.5 both, GLM-4.6 and 4.7 none."""
 
     @property
     def shared_ffn_hidden_size(self) -> int:
@@ -128,9 +134,44 @@ def _flat(config: dict, where: str) -> dict:
     # older files call it type
     if (kind := flat.get("rope_type", flat.get("type", "default"))) != "default":
         raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
+    for key, known in _FIXED.items():
+        if config.get(key) is not None and config[key] != known:
+            raise CheckpointError(
+                f"{where}: {key} is {short(repr(config[key]))}; allowed: {known!r}, as in every GLM-4.5."
+            )
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"{where}: hidden_act is {activation!r}; allowed: silu.")
     return flat
+
+
+# what from_config reads, and what of a public config.json says nothing of the computation
+_USED = {
+    "model_type", "tie_word_embeddings", "norm_topk_prob", "rope_parameters", "rope_scaling", "rope_type", "type", "hidden_act",
+    "eos_token_id", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "first_k_dense_replace", "hidden_size",
+    "intermediate_size", "moe_intermediate_size", "head_dim", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+    "routed_scaling_factor", "n_group", "topk_group", "use_qk_norm", "attention_bias", "vocab_size", "partial_rotary_factor",
+    "rope_theta", "rms_norm_eps", "num_nextn_predict_layers", "max_position_embeddings", "quantization_config",
+}  # fmt: skip
+_HARMLESS = {
+    "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
+    "attention_dropout", "pad_token_id", "bos_token_id", "output_router_logits", "router_aux_loss_coef", "_name_or_path",
+    "pretraining_tp", "name_or_path", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states",
+    "is_encoder_decoder", "chunk_size_feed_forward", "problem_type", "layer_types", "mlp_layer_types",
+}  # fmt: skip
+# another value would be another computation
+_FIXED = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "mlp_bias": False,
+}
+
+
+def unused_keys(config: dict) -> set[str]:
+    """Keys of a config.json that nothing here reads and that say, as far as is known, something of the model."""
+    return {key for key, value in config.items() if key not in _USED | _HARMLESS | _FIXED.keys() and value is not None}
 
 
 def _number(config: dict, where: str, key: str, kind: type = int, least: int = 1, default: float | None = None):

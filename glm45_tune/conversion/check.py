@@ -8,6 +8,7 @@ from glm45_tune.conversion.names import hf_shapes, rows
 from glm45_tune.conversion.plan import collector_off
 from glm45_tune.conversion.tensors import HfReader
 from glm45_tune.errors import CheckpointError
+from glm45_tune.spec import unused_keys
 
 
 @collector_off()
@@ -31,8 +32,16 @@ def check_tensors(source: HfReader) -> None:
             dtypes = {name: source.dtype(name) for name in row.hf_names(expert)}
             if len(set(dtypes.values())) > 1:
                 raise CheckpointError(f"{where}: tensors that are one in megatron differ in dtype: {dtypes}.")
-            if row.is_fp32 and set(dtypes.values()) != {torch.float32}:
-                raise CheckpointError(f"{where}: {dtypes} must be float32.")
+
+
+def remarks(source: HfReader) -> list[str]:
+    """What a checkpoint of others has that is read and unusual, a sentence each."""
+    found = [f"{source.path}/config.json: {key} is not used here." for key in sorted(unused_keys(source.config))]
+    biases = {source.dtype(name) for name in source.names if name.endswith("e_score_correction_bias")}
+    if others := biases - {torch.float32}:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in others)
+        found.append(f"{source.path}: the routers' correction biases are {kinds}; they are read exactly, and kept so.")
+    return found
 
 
 def _why(source: HfReader) -> str:

@@ -10,6 +10,7 @@ import torch
 from glm45_tune.conversion import fp8
 from glm45_tune.conversion.blocks import InputFile, read_block
 from glm45_tune.conversion.check import check_tensors
+from glm45_tune.conversion.names import with_copies_of
 from glm45_tune.conversion.plan import PlannedFile, collector_off, grouped, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, nbytes
 from glm45_tune.errors import CheckpointError
@@ -119,6 +120,7 @@ class HfDir:
         config = read_config(self.path)
         self.spec = ModelSpec.from_config(config, f"{self.path}/config.json")
         self.stored = self._open_shards()
+        self.spec = with_copies_of(self.spec, self.stored)
         self.scales = fp8.find_scales(config.get("quantization_config"), self.stored, self.path)
         self.config = {key: value for key, value in config.items() if key != "quantization_config"}
         scales = {scale.name for scale in self.scales.values()}

@@ -1,5 +1,6 @@
 """megatron checkpoint directories of a GLM-4.5 model, in either dialect: read under both kinds of names, and planned."""
 
+import dataclasses
 import io
 import pickle
 from collections.abc import Iterable
@@ -17,11 +18,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, modules_with_extra_state, rows
+from glm45_tune.conversion.outdir import read_marker
 from glm45_tune.conversion.plan import MAX_FILE_BYTES, PlannedFile, collector_off, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, row_parts
 from glm45_tune.conversion.torch_dist import COMMON, FORMAT, TorchDistFiles, around, pickled
 from glm45_tune.errors import CheckpointError
-from glm45_tune.spec import ModelSpec, read_config
+from glm45_tune.spec import MTP_COPIES, ModelSpec, read_config
 
 MAX_CHUNK_BYTES = 2**28  # a larger tensor is stored as several chunks
 
@@ -33,12 +35,18 @@ class McoreDir(TorchDistFiles):
         self.config = read_config(path)
         self.spec = ModelSpec.from_config(self.config, f"{path}/config.json")
         super().__init__(path)
+        self.spec = dataclasses.replace(self.spec, mtp_copies=self._copies())
         self.dialect = self._recognise()
         self.check()
         self._place = hf_places(self.spec, lambda row: row.name(self.dialect) in self.tensors)
 
     def __reduce__(self):
         return McoreDir, (self.path,)
+
+    def _copies(self) -> tuple[str, ...]:
+        """What the Hugging Face checkpoint repeats that this was made from; until 0.1 only those that repeat both were read."""
+        said = (read_marker(self.path) or {}).get("mtp_copies", MTP_COPIES) if self.spec.mtp_num_layers else ()
+        return tuple(copy for copy in MTP_COPIES if copy in said)
 
     def _recognise(self) -> str:
         for dialect, key in zip(DIALECTS, ("decoder.final_norm.weight", "decoder.final_layernorm.weight")):

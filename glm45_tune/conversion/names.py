@@ -12,8 +12,8 @@ A dialect is who reads the result: `hybrid` is HybridModel (a GPT layer L become
 a norm belongs to the linear behind it; `aliases` repeat a norm under the name that megatron's local layers give it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from glm45_tune.spec import ModelSpec
@@ -130,8 +130,8 @@ _MTP = (
     ("eh_proj.weight", "copy", {"eh_proj.weight": "H 2H"}, None),
     ("final_layernorm.weight", "copy", {"shared_head.norm.weight": "H"}, None),
 )
-# HF repeats these two in each MTP layer, megatron does not: import checks them equal, export writes them again
-MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+# what a checkpoint may repeat in each MTP layer and megatron does not: import checks them equal, export writes them again
+_ORIGINALS = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
 @lru_cache(maxsize=8)
@@ -199,12 +199,19 @@ def _row(spec: ModelSpec, prefixes: tuple[str, str], template: tuple, hf_prefix:
 
 
 def mtp_copies(spec: ModelSpec) -> dict[str, str]:
-    """HF name of each repeated tensor of the MTP layers → HF name of the tensor it repeats."""
+    """HF name of each tensor that this checkpoint's MTP layers repeat → HF name of the tensor it repeats."""
     return {
-        f"model.layers.{spec.num_layers + depth}.{copy}": original
+        f"model.layers.{spec.num_layers + depth}.{copy}": _ORIGINALS[copy]
         for depth in range(spec.mtp_num_layers)
-        for copy, original in MTP_COPIES.items()
+        for copy in spec.mtp_copies
     }
+
+
+def with_copies_of(spec: ModelSpec, names: Container[str]) -> ModelSpec:
+    """The spec of a checkpoint that holds these HF names: of what MTP layers may repeat those that any of them does."""
+    layers = range(spec.num_layers, spec.num_layers + spec.mtp_num_layers)
+    held = [copy for copy in _ORIGINALS if any(f"model.layers.{layer}.{copy}" in names for layer in layers)]
+    return replace(spec, mtp_copies=tuple(held))
 
 
 def is_mtp(row: Row) -> bool:

@@ -82,7 +82,7 @@ def to_mcore(
     """Write `source` as a torch_dist checkpoint that megatron-core loads under any layout; the rest is as in `to_hf`."""
     check_tensors(source)
     _check_copies(source)
-    facts = {"source": str(source.path), "dialect": dialect}
+    facts = {"source": str(source.path), "dialect": dialect, "mtp_copies": source.spec.mtp_copies}
     with resumable(output, "mcore", source.path, job=source.stamp(), **facts) as staging:
         workers = workers or default_workers(total_bytes(source))
         write_files(

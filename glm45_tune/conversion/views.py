@@ -12,7 +12,7 @@ class WithoutMtp:
 
     def __init__(self, base: HfReader):
         self.base, self.path = base, base.path
-        self.spec = dataclasses.replace(base.spec, mtp_num_layers=0)
+        self.spec = dataclasses.replace(base.spec, mtp_num_layers=0, mtp_copies=())
         self.config = base.config | {"num_nextn_predict_layers": 0}
         left = tuple(f"model.layers.{base.spec.num_layers + depth}." for depth in range(base.spec.mtp_num_layers))
         self.names = [name for name in base.names if not name.startswith(left)] if left else base.names

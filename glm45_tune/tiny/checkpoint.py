@@ -1,5 +1,6 @@
 """A small random GLM-4.5 checkpoint in the exact layout of the hub's: for trying every command on a laptop, and for tests."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from glm45_tune.conversion.names import hf_shapes, mtp_copies
 from glm45_tune.conversion.outdir import whole
 from glm45_tune.conversion.tensors import ALL, HfReader
 from glm45_tune.conversion.write import write_file
-from glm45_tune.spec import ModelSpec
+from glm45_tune.spec import MTP_COPIES, ModelSpec
 from glm45_tune.tiny import tokenizer as tiny_tokenizer
 
 _AIR = dict(num_hidden_layers=3, first_k_dense_replace=1, use_qk_norm=False, routed_scaling_factor=1.0)
@@ -99,13 +100,24 @@ class RandomModel:
         return [repr(self.spec), self._seed]
 
 
-def write(output: str | Path, like: str = "air", mtp: bool = True, seed: int = 0, fp8: str | None = None) -> None:
-    """Write the checkpoint; fp8: "channel" or "block". Raises UserError when `output` exists and is not ours."""
+def write(
+    output: str | Path,
+    like: str = "air",
+    mtp: bool = True,
+    seed: int = 0,
+    fp8: str | None = None,
+    mtp_copies: tuple[str, ...] = MTP_COPIES,
+) -> None:
+    """Write the checkpoint. Raises UserError when `output` exists and is not ours.
+
+    fp8: "channel" or "block". mtp_copies: what the MTP layer repeats; GLM-4.6 and 4.7 repeat nothing.
+    """
     tokenizer = tiny_tokenizer.build()
     vocab_size = -(-tokenizer.get_vocab_size() // 128) * 128
     eos = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     settings = config(like, mtp, vocab_size, eos)
-    source: HfReader = RandomModel(ModelSpec.from_config(settings, "config.json"), seed, settings)
+    spec = dataclasses.replace(ModelSpec.from_config(settings, "config.json"), mtp_copies=mtp_copies)
+    source: HfReader = RandomModel(spec, seed, settings)
     if fp8:
         source = Quantized(source, fp8)
     with whole(output, "tiny", like=like, seed=seed) as staging:

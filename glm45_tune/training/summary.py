@@ -1,5 +1,6 @@
 """What a run says of itself before its first step and after its last."""
 
+from glm45_tune.conversion.check import remarks
 from glm45_tune.data.labels import only_label
 from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
@@ -20,6 +21,7 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"model     {recipe.model.path}: {spec.num_layers} layers, {spec.num_moe_experts} experts, {recipe.model.params_dtype}",
         f"training  {what}: {trained:,} weights on this rank",
         f"layout    {layout}: {layout.world_size} ranks on {runtime.device().type}",
+        *[f"note      {remark}" for remark in (*remarks(job.source), *_positions(job))],
         f"data      {_data_line(job)}",
         *left_out(job),
         *_one_label(job),
@@ -30,6 +32,16 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"memory    {_memory_line(job)}",
         f"saving    {_saving_line(job)}",
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),
+    ]
+
+
+def _positions(job: Job) -> list[str]:
+    """A remark where rows are longer than what the model was trained to see."""
+    known, length = job.source.config.get("max_position_embeddings"), job.recipe.data.seq_length
+    if not isinstance(known, int) or length <= known:
+        return []
+    return [
+        f"data.seq_length {length:,} exceeds the {known:,} positions of config.json: documents that long are new to the model."
     ]
 
 
