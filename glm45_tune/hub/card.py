@@ -227,7 +227,7 @@ def _template(path: str | None) -> jinja2.Template:
 
 def _without_paths(recipe: Recipe) -> str:
     """The recipe as YAML, less its defaults; of a path only the last name, since directories are nobody else's business."""
-    document = recipe.model_dump(exclude_defaults=True)
+    document = recipe.shown(exclude_defaults=True)
     document.pop("card", None)
     document["model"]["path"] = Path(recipe.model.path).name
     document["output_dir"] = Path(recipe.output_dir).name

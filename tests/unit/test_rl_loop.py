@@ -307,7 +307,7 @@ def test_later_turns_think_as_the_first_was_asked_to(make):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("tool_raises", "raised ValueError: no such city, asked about .*prompts.jsonl:1"),
+        ("tool_raises", r"raised ValueError: no such city \(.*loop_rewards.py:25, tool_raises\), asked about .*prompts.jsonl:1"),
         ("tool_text", "returned str '21 度'; a list of messages"),
         ("tool_message", "returned dict .*; a list of messages"),
         ("tool_number", r"returned what is no list of messages: messages\[0\].content is int"),
