@@ -39,6 +39,7 @@ class Guarded(subprocess.Popen):
     def end(self) -> None:
         """End the command and all it started, and wait for that, at most some seconds."""
         self.terminate()
+        self.send_signal(signal.SIGCONT)  # one that was stopped hears nothing
         try:
             self.wait(_END_SECONDS + 5)
         except subprocess.TimeoutExpired:  # the guard stands still

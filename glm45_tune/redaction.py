@@ -5,7 +5,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import yaml
 
@@ -108,9 +108,17 @@ def references(document) -> list[str]:
 
 def secrets_of(document) -> list[str]:
     """The secrets themselves, literal and from the environment, so that messages can be freed of them; the longest first."""
-    found = {text for _, text in _literal(document)}
-    found |= {os.environ[name] for name in references(document) if os.environ.get(name)}
+    found = {os.environ[name] for name in references(document) if os.environ.get(name)}
+    for _, text in _literal(document):
+        found |= {text, *(part for pattern, _ in _IN_TEXT for part in _parts(pattern, text))}
     return sorted((text for text in found if len(text) >= 4), key=len, reverse=True)
+
+
+def _parts(pattern: re.Pattern, text: str) -> Iterator[str]:
+    """What a pattern finds, without the words in front of it; of a user and a password both, and the password."""
+    for found in pattern.finditer(text):
+        secret = found[0][len(found[1]) if pattern.groups else 0 :].strip(" @")
+        yield from (secret, secret.partition(":")[2])
 
 
 def without(text: str, secrets: list[str]) -> str:

@@ -12,15 +12,17 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from glm45_tune.rl import rewards
-from glm45_tune.rl.sandbox import Result
+
+if TYPE_CHECKING:
+    from glm45_tune.rl.sandbox import Result
 
 _LONGEST_MESSAGE = 2000
 
 
-def _checked(value) -> Result:
+def _checked(value) -> "Result":
     try:
         value = float(value)
     except (TypeError, ValueError):
@@ -30,7 +32,7 @@ def _checked(value) -> Result:
     return (value, None, "") if math.isfinite(value) else (None, "not finite", f"returned {value}")
 
 
-def _raised(error: BaseException) -> Result:
+def _raised(error: BaseException) -> "Result":
     return None, "raised", _described(error)
 
 
@@ -47,10 +49,10 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE] + where
 
 
-async def _together(function, items: list, options: dict, seconds: float) -> list[Result]:
+async def _together(function, items: list, options: dict, seconds: float) -> "list[Result]":
     """An async function of every item at once, each within its time."""
 
-    async def one(item) -> Result:
+    async def one(item) -> "Result":
         try:
             return _checked(await asyncio.wait_for(function(*item, **options), seconds))
         except TimeoutError:
@@ -61,7 +63,7 @@ async def _together(function, items: list, options: dict, seconds: float) -> lis
     return list(await asyncio.gather(*map(one, items)))
 
 
-def _batch(function, items: list, options: dict) -> list[Result]:
+def _batch(function, items: list, options: dict) -> "list[Result]":
     """A function of all items in one call, async or not. One that takes too long is ended with its process."""
     try:
         found = function(*map(list, zip(*items)), **options)

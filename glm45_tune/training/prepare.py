@@ -162,9 +162,9 @@ def _check_secrets(recipe: Recipe) -> None:
         if is_first and allowed:  # where it is used
             resolved(text, place)
     if literal := secret_places(document):
-        if literal[0].startswith("rl.engine.command"):
+        if seen := [place for place in literal if place.startswith("rl.engine.command")]:
             raise RecipeError(
-                f"{literal[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}"
+                f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}"
             )
         if is_first:
             print(
