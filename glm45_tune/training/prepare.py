@@ -163,9 +163,7 @@ def _check_secrets(recipe: Recipe) -> None:
             resolved(text, place)
     if literal := secret_places(document):
         if seen := [place for place in literal if place.startswith("rl.engine.command")]:
-            raise RecipeError(
-                f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}"
-            )
+            raise RecipeError(f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}")
         if is_first:
             print(
                 f"warning: {', '.join(literal)}: looks like a secret. It is left out of the run's recipe.yaml, card, report and "
