@@ -1,8 +1,9 @@
 """A process of ours with everything it starts, ended whole.
 
-A guard (this file, run by itself) starts the command and outlives it only to end what it left. It ends all of it when it is told
-to and when the process that started it is gone, however that ended. On Linux what leaves the group for a session of its own
-is found too: the guard adopts what loses its parent.
+A guard (this file, run by itself) starts the command and outlives it only to end what it left. It
+ends all of it when it is told to and when the process that started it is gone, however that ended.
+On Linux what leaves the group for a session of its own is found too: the guard adopts what loses
+its parent.
 """
 
 import contextlib
@@ -21,7 +22,10 @@ _END_SECONDS = 10.0
 
 
 class Guarded(subprocess.Popen):
-    """A command under a guard, whose process this is. Its exit code is the command's, 128 + N where signal N ended that."""
+    """A command under a guard, whose process this is.
+
+    Its exit code is the command's, 128 + N where signal N ended that.
+    """
 
     def __init__(self, command: list[str], **options):
         """options: of subprocess.Popen. Raises OSError where there is no such command."""
@@ -115,7 +119,7 @@ def _reaped(child: int) -> int | None:
 
 
 def _end_all(child: int) -> None:
-    """Kill the group and all that comes of it; what loses its parent by that becomes ours, and is killed in turn."""
+    """Kill the group, and in turn whatever loses its parent by that and so becomes ours."""
     deadline = time.monotonic() + _END_SECONDS
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)

@@ -44,8 +44,11 @@ class RewardConfig(Section):
     """exact_match, regex, math, json_schema, format, length, or module:function, a Python function of (prompt, completion, columns)."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     options: dict[str, Any] = {}
-    """Keyword arguments of the function. A text may be or hold ${env:NAME}: that environment variable, read when the run starts and
-    never written down; so a judge gets its key."""
+    """Keyword arguments of the function.
+
+    A text may be or hold ${env:NAME}: that environment variable, read when the run starts and never
+    written down; so a judge gets its key.
+    """
 
     @field_validator("function")
     @classmethod
@@ -62,11 +65,17 @@ class EngineConfig(Section):
     kind: Literal["local", "vllm", "sglang"] = "local"
     """local: the training ranks themselves; vllm, sglang: servers spoken to over HTTP."""
     urls: list[str] = []
-    """Servers that run already, such as http://10.0.0.7:8000. Empty: one is started from `command`. A part may be ${env:NAME}."""
+    """Servers that run already, such as http://10.0.0.7:8000.
+
+    Empty: one is started from `command`. A part may be ${env:NAME}.
+    """
     command: list[str] = []
-    """How a server of ours is started: {model} and {port} are filled in. It has the environment of this command."""
+    """How a server of ours is started: {model} and {port} are filled in.
+
+    It has the environment of this command.
+    """
     api_key: str | None = None
-    """What the servers ask for as a bearer token, named by its environment variable: ${env:VLLM_API_KEY}."""
+    """The servers' bearer token, named by its environment variable: ${env:VLLM_API_KEY}."""
     sync: Literal["lora", "directory"] = "directory"
     """How servers get new weights: lora loads the adapter at run time; directory writes merged weights, which the server reads
 

@@ -1,6 +1,7 @@
-"""Secrets of a recipe: named by `${env:NAME}` and read when they are used, and never written or shown where they stand literally.
+"""Secrets of a recipe: named by `${env:NAME}`, read when they are used, never written or shown.
 
-`redacted` is applied to every copy of a recipe that leaves the process, `redacted_text` to every message.
+`redacted` is applied to every copy of a recipe that leaves the process, `redacted_text` to every
+message.
 """
 
 import os
@@ -45,14 +46,16 @@ _IN_TEXT = [
 
 
 def redacted_text(text: str) -> str:
-    """The text without what looks like a secret: keys, bearer tokens, passwords in URLs, `key=value`."""
+    """The text without what looks like a secret: a key, a bearer token, a password in a URL."""
     for pattern, instead in _IN_TEXT:
         text = pattern.sub(instead, text)
     return text
 
 
 def redacted(document, is_secret: bool = False):
-    """A recipe's document with HIDDEN for every secret. What an environment variable is named for stays.
+    """A recipe's document with HIDDEN for every secret.
+
+    What an environment variable is named for stays.
 
     is_secret: it stands under a name such as api_key, so every text in it is one.
     """
@@ -107,7 +110,7 @@ def references(document) -> list[str]:
 
 
 def secrets_of(document) -> list[str]:
-    """The secrets themselves, literal and from the environment, so that messages can be freed of them; the longest first."""
+    """The secrets themselves, literal and from the environment, the longest first."""
     found = {os.environ[name] for name in references(document) if os.environ.get(name)}
     for _, text in _literal(document):
         found |= {text, *(part for pattern, _ in _IN_TEXT for part in _parts(pattern, text))}
@@ -115,7 +118,7 @@ def secrets_of(document) -> list[str]:
 
 
 def _parts(pattern: re.Pattern, text: str) -> Iterator[str]:
-    """What a pattern finds, without the words in front of it; of a user and a password both, and the password."""
+    """What a pattern finds, without the words in front; of user and password also the latter."""
     for found in pattern.finditer(text):
         secret = found[0][len(found[1]) if pattern.groups else 0 :].strip(" @")
         yield from (secret, secret.partition(":")[2])
@@ -129,7 +132,9 @@ def without(text: str, secrets: list[str]) -> str:
 
 
 def resolved(document, where: str, put: Callable[[str], str] = str):
-    """The document with every `${env:NAME}` replaced by that variable. Raises RecipeError where there is none.
+    """The document with every `${env:NAME}` replaced by that variable.
+
+    Raises RecipeError where there is none.
 
     put: what to make of a value that is a part of a text.
     """

@@ -2,7 +2,8 @@
 
 import re
 
-# C0 without tab and line end, DEL and C1: a terminal obeys them; of the marks that turn the direction of writing the same holds
+# C0 without tab and line end, DEL and C1, and the marks that turn the direction of writing:
+# a terminal obeys them
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

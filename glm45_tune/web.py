@@ -1,7 +1,10 @@
-"""What is asked of servers over HTTP, bounded in time and in bytes. Whatever a server does becomes an answer or a `WebError`.
+"""What is asked of servers over HTTP, bounded in time and in bytes.
 
-A deadline is for the whole answer, not for a read. Redirects are not followed. A server on this machine is never asked through a
-proxy; for others HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY hold, and an error says which proxy was asked.
+Whatever a server does becomes an answer or a `WebError`.
+
+A deadline is for the whole answer, not for a read. Redirects are not followed. A server on this
+machine is never asked through a proxy; for others HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY
+hold, and an error says which proxy was asked.
 """
 
 import asyncio
@@ -21,13 +24,13 @@ from glm45_tune.terminal import visible
 
 CONNECT_SECONDS = 10.0
 SMALL_BYTES = 1 << 20
-"""Of answers that say little: lists of models, an order that was taken; and of a line of a stream."""
+"""Of an answer that says little, such as a list of models; and of a line of a stream."""
 _FAULT_BYTES = 1 << 16
 _SHOWN = 300
 
 
 class WebError(Exception):
-    """A server that could not be asked, or that did not answer as it must. kind: what went wrong, as a caller may count it."""
+    """A server that could not be asked, or that did not answer as it must."""
 
     def __init__(
         self, kind: Literal["unreachable", "hung", "cut", "bad answer"], message: str, status: int | None = None
@@ -72,7 +75,7 @@ class Client:
         await self._client.aclose()
 
     async def json(self, method: str, path: str, body: object, seconds: float, most: int = SMALL_BYTES) -> object:
-        """The answer's document; None where the server answers with nothing or with a word that is not JSON."""
+        """The answer's document; None where the server answers with nothing."""
         async with self._asked(method, path, body, seconds) as answer:
             data = await _read(answer, most)
         return document_of(data) if data.strip() else None
@@ -86,7 +89,10 @@ class Client:
             return False
 
     async def events(self, path: str, body: object, seconds: float, most: int) -> AsyncIterator[object]:
-        """The documents of a stream of server-sent events, until `[DONE]`. A stream that ends before it raises a WebError."""
+        """The documents of a stream of server-sent events, until `[DONE]`.
+
+        A stream that ends before it raises a WebError.
+        """
         async with self._asked("POST", path, body, seconds) as answer:
             event: list[bytes] = []
             first, is_stream = b"", False
@@ -130,7 +136,7 @@ class Client:
         except TimeoutError as error:
             raise WebError("hung", f"did not answer whole within {seconds:g} s{self._via}") from error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
-            said = f"{type(error).__name__} {error}".strip()
+            said = f"{type(error).__name__} {error}".strip(" .")
             kind = (
                 "unreachable"
                 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError)
@@ -140,7 +146,7 @@ class Client:
 
 
 def proxy_of(url: httpx.URL) -> tuple[str | None, str]:
-    """(the proxy by which a server is to be asked, words that name it in a message); (None, "") where there is none."""
+    """The proxy by which a server is to be asked, and words that name it; None and "" without one."""
     if _is_loopback(url.host) or _is_spared(url):
         return None, ""
     for name in (f"{url.scheme}_proxy", "all_proxy"):
@@ -182,7 +188,7 @@ def _is_spared(url: httpx.URL) -> bool:
 
 
 def origin(url: str) -> tuple[str, str, int | None] | None:
-    """Scheme, host and port, by which two URLs are the same server's; None where it is not a URL."""
+    """Scheme, host and port, which two URLs of one server share; None where it is not a URL."""
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError, ValueError):
@@ -224,7 +230,7 @@ async def _read(answer: httpx.Response, most: int) -> bytes:
 
 
 async def _lines(answer: httpx.Response, most: int) -> AsyncIterator[bytes]:
-    """The lines of a stream, ended as its standard has it by LF, CR LF or CR; the last one without an end too."""
+    """The lines of a stream, ended by LF, CR LF or CR; the last one also by the stream's end."""
     waiting, held, size = [], 0, 0
     async for part in answer.aiter_raw():
         size, held = size + len(part), held + len(part)

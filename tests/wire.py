@@ -1,4 +1,4 @@
-"""A server on loopback that answers with bytes as a test has them, for what may go wrong on the wire."""
+"""A server on loopback that answers with whatever bytes a test has."""
 
 import json
 import re
@@ -13,7 +13,8 @@ Answer = bytes | Callable[[socket.socket], None]
 def http(body: bytes | str, status: str = "200 OK", headers: str = "") -> bytes:
     """A whole answer."""
     body = body.encode() if isinstance(body, str) else body
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{headers}\r\n"
+    return head.encode() + body
 
 
 def stream(body: bytes | str) -> bytes:
@@ -35,9 +36,12 @@ MODELS = http('{"data": [{"id": "tuned"}]}')
 
 @contextmanager
 def answering(*answers: Answer, models: Answer = MODELS) -> Iterator[tuple[str, list[bytes]]]:
-    """(URL, the heads of what it was asked). GETs are answered with `models`, POSTs with the answers in turn, the last one again and
+    """(URL, the heads of what it was asked).
 
-    again; each on a connection that is then closed. An answer is bytes, or what is to be done with the connection.
+    GETs are answered with `models`, POSTs with the answers in turn, the last one again and
+
+    again; each on a connection that is then closed. An answer is bytes, or what is to be done with
+    the connection.
     """
     asked, waiting, is_over = [], list(answers), threading.Event()
     listening = socket.create_server(("127.0.0.1", 0), backlog=64)

@@ -60,7 +60,10 @@ class Server:
         max_new_tokens: int,
         hear: Callable[[str, str], None],
     ) -> list[dict[str, str]]:
-        """Ask, and call hear("thought" | "content", text) as it is written. → the calls: name and arguments, as text."""
+        """Ask, and call hear("thought" | "content", text) as it is written.
+
+        → the calls: name and arguments, as text.
+        """
         asked = {
             "model": self.model,
             "messages": messages,
@@ -92,7 +95,7 @@ class Server:
 
 
 def _headers_for(url: str) -> dict[str, str]:
-    """OPENAI_API_KEY for the server that OPENAI_BASE_URL names (by default OpenAI's), and for no other."""
+    """OPENAI_API_KEY for the server of OPENAI_BASE_URL (by default OpenAI's), and for no other."""
     key = os.environ.get("OPENAI_API_KEY")
     named = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     if not key or origin(url) is None or origin(url) != origin(named):
@@ -103,7 +106,10 @@ def _headers_for(url: str) -> dict[str, str]:
 
 
 def _pieces(chunk: object, calls: dict[int, dict[str, list[str]]]) -> Iterator[tuple[str, str]]:
-    """What a chunk says; parts of calls are put into `calls`. Raises WebError where it is not as the interface has it."""
+    """What a chunk says; parts of calls are put into `calls`.
+
+    Raises WebError where it is not as the interface has it.
+    """
     chunk = _of(dict, chunk, "a chunk")
     if "choices" not in chunk and (fault := chunk.get("error") or chunk.get("message")):
         raise WebError("bad answer", f"the server broke it off and says {str(fault)[:300]!r}")

@@ -99,7 +99,7 @@ class Remote:
 
 
 def _read_any_bytes() -> None:
-    """What is typed may hold bytes that are not UTF-8: they come as halves of surrogate pairs, see `is_text`."""
+    """Let bytes that are not UTF-8 come as halves of surrogate pairs, see `is_text`."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 

@@ -1,4 +1,4 @@
-"""The other side of `sandbox.py`: a process that holds one function of the user's, a reward or what answers turns.
+"""The other side of `sandbox.py`: a process that holds one function of the user's.
 
 It is told what to load, says whether it is ready, and answers lines of JSON with lines of JSON.
 """
@@ -64,7 +64,10 @@ async def _together(function, items: list, options: dict, seconds: float) -> "li
 
 
 def _batch(function, items: list, options: dict) -> "list[Result]":
-    """A function of all items in one call, async or not. One that takes too long is ended with its process."""
+    """A function of all items in one call, async or not.
+
+    One that takes too long is ended with its process.
+    """
     try:
         found = function(*map(list, zip(*items)), **options)
         values = list(asyncio.run(found) if inspect.iscoroutine(found) else found)

@@ -124,7 +124,10 @@ _HEADER = re.compile(
 
 
 def read_experts(text: str) -> np.ndarray:
-    """The array in a NumPy file in base64, [tokens, layers, K]. NumPy's own reader takes a header for Python, and allocates first."""
+    """The array in a NumPy file in base64, [tokens, layers, K].
+
+    NumPy's own reader takes a header for Python, and allocates first.
+    """
     data = base64.b64decode(text, validate=True)
     header = _HEADER.match(data[:1000])
     if header is None:
@@ -136,7 +139,9 @@ def read_experts(text: str) -> np.ndarray:
 
 
 def check(completion: Completion, request: Request, stop_ids: list[int], spec: ModelSpec | None = None) -> Completion:
-    """The answer, with numbers of the right types. Raises BadAnswer where it cannot be what the engine was asked for.
+    """The answer, with numbers of the right types.
+
+    Raises BadAnswer where it cannot be what the engine was asked for.
 
     spec: of the model, where it is known: what token ids and experts there are.
     """

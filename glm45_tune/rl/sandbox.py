@@ -1,9 +1,10 @@
-"""A function of the user's in a process of its own: it may raise, hang, print, exit or eat memory, and training goes on.
+"""A function of the user's in a process of its own: whatever it does, training goes on.
 
-What a reward has: an empty working directory, a limit on memory, and no environment but what Python needs. The function that
-answers turns (rl.tools) keeps the trainer's. It is no wall against malice: it runs as the same user with the same network. Parent
-and child speak JSON, a line a message, through pipes; every message is bounded in bytes and seconds. What the function starts ends
-with its process, and that with the trainer (`guard.py`).
+What a reward has: an empty working directory, a limit on memory, and no environment but what Python
+needs. The function that answers turns (rl.tools) keeps the trainer's. It is no wall against malice:
+it runs as the same user with the same network. Parent and child speak JSON, a line a message,
+through pipes; every message is bounded in bytes and seconds. What the function starts ends with its
+process, and that with the trainer (`guard.py`).
 """
 
 import json
@@ -35,7 +36,7 @@ Result = tuple[float | None, str | None, str]
 
 
 class Gone(Exception):
-    """A child that can be asked no more. kind: died, timeout, or garbled, where it wrote what is not a message."""
+    """A child that can be asked no more; kind: died, timeout, garbled, or raised."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -43,15 +44,21 @@ class Gone(Exception):
 
 
 class Child:
-    """A process with one function in it. Raises Gone where that cannot be started or does not answer as it must."""
+    """A process with one function in it.
+
+    Raises Gone where that cannot be started or does not answer as it must.
+    """
 
     def __init__(self, function: str, order: dict, env: dict[str, str], cwd: str, is_told: Callable[[], bool]):
-        """order: what it is told first. is_told: was this process told to stop? Then waiting raises ToldToStop."""
+        """order: what it is told first. is_told: was this process told to stop?
+
+        Then waiting raises ToldToStop.
+        """
         self._function, self._is_told = function, is_told
         options = order.get("options", {})
         self._secrets = secrets_of(options)
         order = order | {"options": resolved(options, f"{function}: options"), "place": os.getcwd()}
-        # the working directory comes when our own imports are done: a json.py there is not to be taken for Python's
+        # the working directory comes when our own imports are done: a json.py there is not Python's
         others = [entry for entry in sys.path if entry and os.path.abspath(entry) != os.getcwd()]
         path = os.pathsep.join([str(Path(glm45_tune.__file__).parents[1]), *others])
         self._process = Guarded(
@@ -127,10 +134,13 @@ class Child:
             raise ToldToStop(f"{self._function} was waited for")
         return selector.select(min(left, _PAUSE_SECONDS))
 
-    # -- what the function prints ------------------------------------------------------------------------------------------------
+    # -- what the function prints --------------------------------------------------------------------
 
     def _take_printed(self, selector: selectors.BaseSelector | None = None) -> bool:
-        """Show what was printed, the first lines of it; the rest is read and counted. Returns whether there was something."""
+        """Show what was printed, the first lines of it; the rest is read and counted.
+
+        Returns whether there was something.
+        """
         try:
             part = os.read(self._process.stderr.fileno(), 1 << 16)
         except BlockingIOError:
@@ -173,7 +183,7 @@ class Child:
 
 
 class Worker:
-    """One reward and its process, started when it is first needed and again when it had to be ended."""
+    """One reward and its process, started when it is needed, again where it had to be ended."""
 
     def __init__(self, config: RewardConfig, timeout_seconds: float, is_told: Callable[[], bool] = lambda: False):
         self._config, self._timeout, self._is_told = config, timeout_seconds, is_told

@@ -57,7 +57,10 @@ class Servers:
         spec: ModelSpec | None = None,
         is_told: Callable[[], bool] = lambda: False,
     ):
-        """spec: of the model, by which answers are checked. is_told: was this process told to stop? Then `generate` raises."""
+        """spec: of the model, by which answers are checked. is_told: was this process told to stop?
+
+        Then `generate` raises.
+        """
         self._config, self._dialect = config, DIALECTS[config.kind]
         self._temperature, self._stop_ids, self._log, self._spec = temperature, stop_ids, log, spec
         self._is_told = is_told
@@ -190,10 +193,12 @@ class Servers:
     def generate(
         self, requests: list[Request], seed: int, version: int, enough: Callable[[Collection[int]], bool] | None = None
     ) -> list[Completion]:
-        """An answer to each request. Raises UserError where no server can be reached any more, ToldToStop after a signal.
+        """An answer to each request.
 
-        enough: asked a few times a second with the numbers of the requests that are answered; once it says yes, the others come
-        back as they are, broken off.
+        Raises UserError where no server can be reached any more, ToldToStop after a signal.
+
+        enough: asked a few times a second with the numbers of the requests that are answered; once
+        it says yes, the others come back as they are, broken off.
         """
         return asyncio.run(self._generate(requests, seed, version, enough))
 
@@ -263,7 +268,8 @@ class Servers:
             except (WebError, *_MALFORMED) as error:
                 kind = error.kind if isinstance(error, WebError) else "bad answer"
                 is_answered = kind == "bad answer"
-                if is_answered and self._is_over:  # one that was broken off before its first token may lack everything
+                # one that was broken off before its first token may lack everything
+                if is_answered and self._is_over:
                     return Completion([], [], "broken off", version)
                 self.faults["unreachable" if kind == "cut" else kind] += 1
                 reason = f"{self._shown(url)}: {self._fault_of(error)}"

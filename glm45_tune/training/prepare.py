@@ -142,7 +142,7 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def _check_secrets(recipe: Recipe) -> None:
-    """Raise RecipeError where a secret cannot be used as it is given; say where one stands literally."""
+    """Raise RecipeError where a secret cannot be used as it is given; warn of a literal one."""
     document = recipe.model_dump()
     is_first = os.environ.get("RANK", "0") == "0"
     if left_out := [place for place, text in texts_of(document) if HIDDEN in text]:

@@ -188,7 +188,7 @@ class Roller:
         try:
             start = tokenizer.apply_chat_template(before, **options)
             whole = tokenizer.apply_chat_template(before + said, add_generation_prompt=True, **options)
-        except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
+        except Exception as error:  # a template is a program: it may raise anything
             raise UserError(
                 f"{self._rl.tools}: the checkpoint's template refuses {str(messages)[:200]}: {error!r}"
             ) from error
@@ -293,7 +293,7 @@ def _mark_for(messages: list[dict]) -> str:
 
 
 def _marked(message: dict, tokenizer, mark: str) -> dict:
-    """The message with a mark inside whatever in its texts would be read as a token of its own, such as <|user|> or <think>."""
+    """The message with a mark inside what would be a token of its own, such as <|user|>."""
     tokens = sorted(filter(None, tokenizer.get_added_vocab()), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, tokens)))
 
@@ -308,7 +308,7 @@ def _marked(message: dict, tokenizer, mark: str) -> dict:
 
 
 def _encoded(tokenizer, text: str, mark: str) -> list[int]:
-    """Token ids; what is marked becomes plain text, since neither side of a mark is a token of its own."""
+    """Token ids; what is marked is plain text, as neither side of a mark is a token of its own."""
     return [token for part in text.split(mark) for token in tokenizer.encode(part, add_special_tokens=False)]
 
 

@@ -1,4 +1,4 @@
-"""Rewards that never differ within a group: nothing can be learned from them, and a run of them is told so."""
+"""Rewards that never differ within a group: a run of them learns nothing, and is told so."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""What a reward, a tool or an engine of ours starts ends with it, whatever it does; every wait is bounded."""
+"""What a reward, a tool or an engine starts ends with it; every wait is bounded."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What servers of rollouts may answer: checked by type, size and sense before a token of it is trained."""
+"""What servers of rollouts may answer: checked before a token of it is trained."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A key that a recipe names or holds is used, and stands nowhere: not in files of the run, messages, trackers, or process arguments."""
+"""A key that a recipe names or holds is used, and stands in no file, message, tracker or argument."""
 
 import json
 import os
@@ -213,7 +213,7 @@ def test_a_wrong_recipe_is_quoted_without_its_secrets(recipe):
 
 
 def test_several_ranks_have_the_secrets_of_the_recipe(recipe, tmp_path):
-    """They are other processes: they read them from a file that is gone afterwards and that nobody else could read."""
+    """They are other processes, and read them from a file that nobody else can."""
     recipe["parallel"] = {"world_size": 2}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(recipe))

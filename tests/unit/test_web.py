@@ -1,4 +1,4 @@
-"""Servers that are broken, hostile or far away: always an answer or one sentence, within seconds and bytes that are known."""
+"""Servers that are broken, hostile or far away: an answer or one sentence, within bounds."""
 
 import json
 import random
@@ -247,7 +247,7 @@ def test_what_a_server_says_is_shown_and_not_obeyed(cli):
         assert "\x1b" not in cli("chat", "other", "--server", url, "--prompt", "q")[2]
 
 
-# -- proxies and keys ----------------------------------------------------------------------------------------------------------
+# -- proxies and keys ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0", "127.9.9.9"])
@@ -327,7 +327,7 @@ def test_an_address_that_is_none_is_one_sentence(url):
         Server(url)
 
 
-# -- fuzz ----------------------------------------------------------------------------------------------------------------------
+# -- fuzz ------------------------------------------------------------------------------------------
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
