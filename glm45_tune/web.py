@@ -12,8 +12,10 @@ import ipaddress
 import json
 import os
 import re
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Literal
 from urllib.request import proxy_bypass_environment
 
@@ -61,7 +63,7 @@ class Client:
                 limits=limits,
                 proxy=self._proxy,
                 trust_env=False,
-                verify=httpx.create_ssl_context(),
+                verify=_tls(),
             )
         except ImportError as error:
             raise WebError("unreachable", f"is asked{self._via}: that needs pip install 'httpx[socks]'") from error
@@ -74,11 +76,14 @@ class Client:
     async def __aexit__(self, *_) -> None:
         await self._client.aclose()
 
-    async def json(self, method: str, path: str, body: object, seconds: float, most: int = SMALL_BYTES) -> object:
-        """The answer's document; None where the server answers with nothing."""
+    async def ask(self, method: str, path: str, body: object, seconds: float, most: int = SMALL_BYTES) -> bytes:
+        """The answer, of at most `most` bytes."""
         async with self._asked(method, path, body, seconds) as answer:
-            data = await _read(answer, most)
-        return document_of(data) if data.strip() else None
+            return await _read(answer, most)
+
+    async def json(self, method: str, path: str, body: object, seconds: float, most: int = SMALL_BYTES) -> object:
+        """The document that is the answer."""
+        return document_of(await self.ask(method, path, body, seconds, most))
 
     async def is_well(self, path: str, seconds: float) -> bool:
         """Does it answer there with 200?"""
@@ -143,6 +148,11 @@ class Client:
                 else "cut"
             )
             raise WebError(kind, visible(redacted_text(said[:_SHOWN])) + self._via) from error
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 def proxy_of(url: httpx.URL) -> tuple[str | None, str]:

@@ -158,8 +158,7 @@ class Child:
     def _show(self, line: bytes) -> None:
         self._num_lines += 1
         if self._num_lines <= _PRINTED_LINES:
-            text = self.hide(line[:_PRINTED_BYTES].decode(errors="replace"))
-            print(f"{self._function}: {visible(text)}", file=sys.stderr)
+            print(f"{self._function}: {self.hide(line[:_PRINTED_BYTES].decode(errors='replace'))}", file=sys.stderr)
 
     def show_rest(self) -> None:
         """Show what is still in the pipe, and begin to count anew."""
@@ -173,8 +172,8 @@ class Child:
         self._printed, self._num_lines = bytearray(), 0
 
     def hide(self, text: str) -> str:
-        """The text without the secrets that the function was given."""
-        return without(text, self._secrets)
+        """The text as it may be shown: without the secrets that the function was given."""
+        return visible(without(text, self._secrets))
 
     def close(self) -> None:
         self._process.terminate()

@@ -25,7 +25,7 @@ from glm45_tune.redaction import redacted_text, resolved, secrets_of, without
 from glm45_tune.rl.dialects import DIALECTS, BadAnswer, check
 from glm45_tune.rl.engine import Completion, Request
 from glm45_tune.spec import ModelSpec
-from glm45_tune.web import SMALL_BYTES, Client, WebError
+from glm45_tune.web import SMALL_BYTES, Client, WebError, document_of
 
 # what a process of the job has and a server must not take for its own
 _OURS = (
@@ -39,7 +39,7 @@ _OURS = (
     "TORCHDYNAMO_DISABLE",
 )
 _HEALTH_SECONDS = 5.0
-_TOKEN_BYTES = 1 << 14  # of an answer for each token: its id, its log-probability, its experts in every layer
+_TOKEN_BYTES = 1 << 13  # of an answer for each token: its id, its log-probability, its experts in every layer
 # what reading an answer raises where it is not built as its interface has it
 _MALFORMED = (BadAnswer, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -156,11 +156,11 @@ class Servers:
                 path, body = self._dialect.generate(
                     request, self._temperature, self._stop_ids, seed, self._adapter_name
                 )
-                answer = await self._say(url, path, body, _most_bytes(request))
                 try:
+                    answer = document_of(await self._say(url, path, body, _most_bytes(request)))
                     completion = self._dialect.completion(answer, 0)
                     completion = check(completion, request, self._stop_ids, self._spec)
-                except _MALFORMED as error:
+                except (WebError, *_MALFORMED) as error:
                     raise UserError(f"rl.engine {self._shown(url)}: {self._fault_of(error)}.") from error
                 found.setdefault(url, []).append(completion)
         return found
@@ -169,17 +169,20 @@ class Servers:
     def _adapter_name(self) -> str | None:
         return self._adapter and self._adapter[0]
 
-    async def _say(self, url: str, path: str, body: dict, most: int = SMALL_BYTES) -> object:
+    async def _say(self, url: str, path: str, body: dict, most: int = SMALL_BYTES) -> bytes:
+        """What a server answers; of an order some say a word that is not JSON. Raises UserError where it refuses."""
         where = f"rl.engine {self._shown(url)}{path}"
         try:
             async with Client(url, self._headers) as client:
-                found = await client.json("POST", path, body, self._config.timeout_seconds, most)
+                said = await client.ask("POST", path, body, self._config.timeout_seconds, most)
         except WebError as error:
             hint = " Does the server run?" if error.kind == "unreachable" else ""
             raise UserError(f"{where}: {self._fault_of(error)}.{hint}") from error
-        if isinstance(found, dict) and found.get("success") is False:
-            raise UserError(f"{where}: {without(str(found), self._secrets)[:300]}")
-        return found
+        with contextlib.suppress(WebError):
+            found = document_of(said)
+            if isinstance(found, dict) and found.get("success") is False:
+                raise UserError(f"{where}: {without(str(found), self._secrets)[:300]}")
+        return said
 
     def _shown(self, url: str) -> str:
         return redacted_text(self._named.get(url, url))
@@ -239,7 +242,7 @@ class Servers:
                 names = [name for name, where in self._under_way.items() if where == url]
                 for path, body in self._dialect.break_off(names) if names else []:
                     with contextlib.suppress(WebError):
-                        await (await clients.of(url)).json("POST", path, body, self._config.timeout_seconds)
+                        await (await clients.of(url)).ask("POST", path, body, self._config.timeout_seconds)
             await asyncio.sleep(0.2)
 
     async def _ask(

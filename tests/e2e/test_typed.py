@@ -24,7 +24,10 @@ def test_bytes_that_are_not_utf8_are_told_and_the_conversation_goes_on():
     err = ended.stderr.decode()
     assert ended.returncode == 0 and "Traceback" not in err, err
     assert err.count("bytes that are not UTF-8") == 2 and "Type a question. /help lists" in err
-    assert len([head for head in asked if head.startswith(b"POST")]) == 2 and ended.stdout.decode().split() == ["好", "好"]
+    assert len([head for head in asked if head.startswith(b"POST")]) == 2 and ended.stdout.decode().split() == [
+        "好",
+        "好",
+    ]
 
 
 def test_a_prompt_that_is_not_utf8_is_one_sentence():

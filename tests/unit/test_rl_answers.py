@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import sys
 import time
 
 import numpy as np
