@@ -2,7 +2,7 @@
 
 import inspect
 import os
-import sys
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def _check_secrets(recipe: Recipe) -> None:
-    """Raise RecipeError where a secret cannot be used as it is given; warn of a literal one."""
+    """Raise RecipeError where a secret cannot be used as it is given."""
     document = recipe.model_dump()
     is_first = os.environ.get("RANK", "0") == "0"
     if left_out := [place for place, text in texts_of(document) if HIDDEN in text]:
@@ -151,7 +151,7 @@ def _check_secrets(recipe: Recipe) -> None:
             "${env:NAME}."
         )
     for place, text in texts_of(document):
-        allowed = place.startswith(("rl.engine.urls", "rl.engine.api_key")) or ".options" in place
+        allowed = re.match(r"rl\.(rewards\[\d+\]\.options|engine\.(urls|api_key))", place)
         if references(text) and place.startswith("rl.engine.command"):
             raise RecipeError(f"{place}: {text} would be seen in the list of processes. {_BY_ENVIRONMENT}")
         if references(text) and not allowed:
@@ -161,15 +161,8 @@ def _check_secrets(recipe: Recipe) -> None:
             )
         if is_first and allowed:  # where it is used
             resolved(text, place)
-    if literal := secret_places(document):
-        if seen := [place for place in literal if place.startswith("rl.engine.command")]:
-            raise RecipeError(f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}")
-        if is_first:
-            print(
-                f"warning: {', '.join(literal)}: looks like a secret. It is left out of the run's recipe.yaml, card, report and "
-                "trackers. Keep it out of the recipe too: write ${env:NAME} and export NAME.",
-                file=sys.stderr,
-            )
+    if seen := [place for place in secret_places(document) if place.startswith("rl.engine.command")]:
+        raise RecipeError(f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}")
 
 
 def _check_batch(recipe: Recipe, layout: Layout) -> None:
