@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,22 +23,22 @@ app = typer.Typer(
 )
 
 
-class Like(str, Enum):
+class Like(StrEnum):
     air = "air"
     b355 = "355b"
 
 
-class Dialect(str, Enum):
+class Dialect(StrEnum):
     hybrid = "hybrid"
     gpt = "gpt"
 
 
-class Fp8(str, Enum):
+class Fp8(StrEnum):
     channel = "channel"
     block = "block"
 
 
-class Mtp(str, Enum):
+class Mtp(StrEnum):
     on = "on"
     off = "off"
 

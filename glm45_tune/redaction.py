@@ -7,6 +7,7 @@ message.
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import yaml
 
@@ -52,7 +53,7 @@ def redacted_text(text: str) -> str:
     return text
 
 
-def redacted(document, is_secret: bool = False):
+def redacted(document: Any, is_secret: bool = False) -> Any:
     """A recipe's document with HIDDEN for every secret.
 
     What an environment variable is named for stays.
@@ -131,7 +132,7 @@ def without(text: str, secrets: list[str]) -> str:
     return redacted_text(text)
 
 
-def resolved(document, where: str, put: Callable[[str], str] = str):
+def resolved(document: Any, where: str, put: Callable[[str], str] = str) -> Any:
     """The document with every `${env:NAME}` replaced by that variable.
 
     Raises RecipeError where there is none.

@@ -1,11 +1,16 @@
 """The sizes of a GLM-4.5 model, read from the checkpoint's own config.json. No torch, no megatron."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from glm45_tune.errors import CheckpointError
+from glm45_tune.foreign import is_own, read_json, short
+
+LARGEST = 2**31
+"""No size of a model is larger."""
+MOST_LAYERS, MOST_EXPERTS = 2**12, 2**17
+"""Of all layers together: the tables of tensors grow with both, so a bad number must not make one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,12 @@ class ModelSpec:
             mtp_num_layers=number("num_nextn_predict_layers", least=0, default=0),
             eos_token_ids=tuple(eos),
         )
+        depth = spec.num_layers + spec.mtp_num_layers
+        if depth > MOST_LAYERS or depth * spec.num_moe_experts > MOST_EXPERTS:
+            raise CheckpointError(
+                f"{where}: {depth:,} layers of {spec.num_moe_experts:,} experts; at most {MOST_LAYERS:,} layers and "
+                f"{MOST_EXPERTS:,} experts in all are expected (GLM-4.5 has 93 and 14,400)."
+            )
         if heads % groups:
             raise CheckpointError(
                 f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}."
@@ -126,9 +137,11 @@ def _number(config: dict, where: str, key: str, kind: type = int, least: int = 1
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing.")
-    if isinstance(value, bool) or not isinstance(value, int | kind) or not least <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not least <= value <= LARGEST:
         sort = "whole number" if kind is int else "number"
-        raise CheckpointError(f"{where}: {key} is {value!r}; a {sort} from {least} on is expected.")
+        raise CheckpointError(
+            f"{where}: {key} is {short(repr(value))}; a {sort} from {least} to {LARGEST:,} is expected."
+        )
     return kind(value)
 
 
@@ -147,13 +160,9 @@ def read_config(directory: str | Path) -> dict:
         raise CheckpointError(
             f"{directory}: no config.json here. Give the folder of a downloaded or converted checkpoint."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds {type(config).__name__}; a JSON object is expected.")
-    return config
+    if not is_own(Path(directory), path):
+        raise CheckpointError(f"{path}: a link to a file elsewhere; every file of a checkpoint is expected in it.")
+    return read_json(path)
 
 
 def load_spec(directory: str | Path) -> ModelSpec:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Literal
@@ -93,7 +93,7 @@ class Client:
         except WebError:
             return False
 
-    async def events(self, path: str, body: object, seconds: float, most: int) -> AsyncIterator[object]:
+    async def events(self, path: str, body: object, seconds: float, most: int) -> AsyncGenerator[object]:
         """The documents of a stream of server-sent events, until `[DONE]`.
 
         A stream that ends before it raises a WebError.

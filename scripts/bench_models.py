@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from glm45_tune.layout import Layout
-
 from glm45_tune.mcore.lora import attach
 from glm45_tune.mcore.model import GLM45Model, ModelOptions
 from glm45_tune.recipe import LoraConfig

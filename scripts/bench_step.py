@@ -8,8 +8,8 @@ LoRA r 32 on attention unless said otherwise. Rows: one document of `tokens`, an
 """
 
 import argparse
-import cProfile
 import collections
+import cProfile
 import gc
 import pstats
 import statistics
@@ -17,8 +17,8 @@ import time
 
 import numpy as np
 import torch
-
 from bench_models import AIR, Megatron, Ours, Transformers
+
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import runtime
 

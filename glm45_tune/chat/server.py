@@ -86,11 +86,13 @@ class Server:
 
     async def _answer(self, asked: dict, seconds: float, hear: Callable[[str, str], None]) -> list[dict[str, str]]:
         calls: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"name": [], "arguments": []})
-        async with Client(self._root, self._headers) as client:
-            async with aclosing(client.events("/chat/completions", asked, seconds, _ANSWER_BYTES)) as chunks:
-                async for chunk in chunks:
-                    for kind, text in _pieces(chunk, calls):
-                        hear(kind, text)
+        async with (
+            Client(self._root, self._headers) as client,
+            aclosing(client.events("/chat/completions", asked, seconds, _ANSWER_BYTES)) as chunks,
+        ):
+            async for chunk in chunks:
+                for kind, text in _pieces(chunk, calls):
+                    hear(kind, text)
         return [{key: "".join(parts) for key, parts in call.items()} for _, call in sorted(calls.items())]
 
 
@@ -105,12 +107,12 @@ def _headers_for(url: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _pieces(chunk: object, calls: dict[int, dict[str, list[str]]]) -> Iterator[tuple[str, str]]:
+def _pieces(said: object, calls: dict[int, dict[str, list[str]]]) -> Iterator[tuple[str, str]]:
     """What a chunk says; parts of calls are put into `calls`.
 
     Raises WebError where it is not as the interface has it.
     """
-    chunk = _of(dict, chunk, "a chunk")
+    chunk = _of(dict, said, "a chunk")
     if "choices" not in chunk and (fault := chunk.get("error") or chunk.get("message")):
         raise WebError("bad answer", f"the server broke it off and says {str(fault)[:300]!r}")
     for choice in _of(list, chunk.get("choices"), "choices"):
@@ -132,13 +134,13 @@ def _pieces(chunk: object, calls: dict[int, dict[str, list[str]]]) -> Iterator[t
                 parts.append(_given(function, key, str))
 
 
-def _given(holder: dict, key: str, kind: type):
+def _given[T](holder: dict, key: str, kind: type[T]) -> T:
     """What stands there; where nothing or null does, an empty one."""
     value = holder.get(key)
     return kind() if value is None else _of(kind, value, key)
 
 
-def _of(kind: type, value: object, what: str):
+def _of[T](kind: type[T], value: object, what: str) -> T:
     if not isinstance(value, kind):
         words = {dict: "an object", list: "a list", str: "text"}
         raise WebError("bad answer", f"{what} is {type(value).__name__}, and {words[kind]} is expected")

@@ -143,8 +143,9 @@ class Talk:
     messages: list[dict] = field(default_factory=list)
 
     def run(self, prompt: str | None) -> None:
-        plain = {"markup": False, "emoji": False}  # what a model says may look like markup
-        self._terminal, self._output = Console(stderr=True, **plain), Console(highlight=False, soft_wrap=True, **plain)
+        # what a model says may look like markup
+        self._terminal = Console(stderr=True, markup=False, emoji=False)
+        self._output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         if prompt is not None:
             self._say(prompt)
             return

@@ -1,6 +1,7 @@
 """Hugging Face checkpoint directories: sharded safetensors with an index, read by slices, and planned."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from glm45_tune.conversion.check import check_tensors
 from glm45_tune.conversion.plan import PlannedFile, collector_off, grouped, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, nbytes
 from glm45_tune.errors import CheckpointError
+from glm45_tune.foreign import MOST_JSON_BYTES, is_own, member, read_bytes, read_json, short
 from glm45_tune.spec import ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
@@ -26,6 +28,7 @@ TOKENIZER_FILES = (
 )
 # what travels beside the weights, besides config.json, whichever format they are in
 SIDE_FILES = ("generation_config.json", *TOKENIZER_FILES, "LICENSE")
+MOST_SIDE_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +62,49 @@ class SafetensorsFile(InputFile):
     def __init__(self, path: Path):
         super().__init__(path)
         try:
-            length = int.from_bytes(self.read(0, 8), "little")
-            if length > self.size - 8:
-                raise ValueError(f"its header has {length} bytes, the file {self.size}")
-            header = json.loads(self.read(8, length))
-            header.pop("__metadata__", None)
-            self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.tensors = self._entries()
+        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
+
+    def _entries(self) -> dict[str, Stored]:
+        """The tensors of the header, which lie end to end and fill the file. Raises ValueError and its kin."""
+        length = int.from_bytes(self.read(0, 8), "little")
+        if length > min(self.size - 8, MOST_JSON_BYTES):
+            raise ValueError(f"its header has {length} bytes, the file {self.size}")
+        header = json.loads(self.read(8, length), object_pairs_hook=_each_once)
+        header.pop("__metadata__", None)
+        found = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
+            if 8 + length + first != end:
+                raise ValueError(
+                    f"{short(name)} begins at byte {8 + length + first}, the tensor before it ends at {end}"
+                )
+            end = 8 + length + last
+        if end != self.size:
+            raise ValueError(f"its tensors end at byte {end}, the file at {self.size}")
+        return found
 
     def _entry(self, name: str, entry: dict, data: int) -> Stored:
         first, last = entry["data_offsets"]
         shape, code = tuple(entry["shape"]), entry["dtype"]
-        if not 0 <= first <= last <= self.size - data:
-            raise ValueError(f"{name} ends at byte {data + last}, the file at {self.size}")
-        if code in _DTYPES and torch.Size(shape).numel() * _DTYPES[code].itemsize != last - first:
-            raise ValueError(f"{name} has {last - first} bytes, which is no {code} tensor of shape {list(shape)}")
-        return Stored(self, code, shape, data + first)
+        if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+            raise ValueError(f"{short(name)} has offsets {short([first, last])} and shape {short(list(shape))}")
+        if not first <= last <= self.size - data:
+            raise ValueError(f"{short(name)} ends at byte {data + last}, the file at {self.size}")
+        if code in _DTYPES and math.prod(shape) * _DTYPES[code].itemsize != last - first:
+            raise ValueError(
+                f"{short(name)} has {last - first} bytes, not those of {code} values of shape {list(shape)}"
+            )
+        return Stored(self, str(code), shape, data + first)
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose keys are given once."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return found
 
 
 class HfDir:
@@ -102,24 +131,22 @@ class HfDir:
         index = self.path / INDEX
         weight_map = None
         if index.is_file():
-            try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index}: not an index with a weight_map ({error}).") from error
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{index}: not an index with a weight_map of file names.")
         elif not (self.path / "model.safetensors").is_file():
             raise CheckpointError(f"{self.path}: neither {INDEX} nor model.safetensors here. Is the download complete?")
         self.shards: list[str] = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
         held: dict[str, tuple[str, Stored]] = {}
         for shard in self.shards:
-            if not (self.path / shard).is_file():
-                raise CheckpointError(f"{index} names {shard}, which is not in {self.path}. Is the download complete?")
-            held |= {name: (shard, stored) for name, stored in SafetensorsFile(self.path / shard).tensors.items()}
+            file = SafetensorsFile(member(self.path, shard, INDEX if weight_map else "."))
+            held |= {name: (shard, stored) for name, stored in file.tensors.items()}
         for name, shard in (weight_map or {}).items():
             if name not in held or held[name][0] != shard:
-                raise CheckpointError(f"{index} says that {name} is in {shard}; that file does not hold it.")
+                raise CheckpointError(f"{index} says that {short(name)} is in {shard}; that file does not hold it.")
         if weight_map and (extra := sorted(held.keys() - weight_map.keys())):
             raise CheckpointError(
-                f"{self.path}/{held[extra[0]][0]} holds {extra[0]}, which {INDEX} does not name ({len(extra)} such)."
+                f"{self.path}/{held[extra[0]][0]} holds {short(extra[0])}, which {INDEX} does not name ({len(extra)} such)."
             )
         return {name: held[name][1] for name in weight_map or held}
 
@@ -215,4 +242,9 @@ def plan_side_files(source: HfReader) -> list[PlannedFile]:
     same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == source.config
     config = path.read_bytes() if same else (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
     found = [source.path / name for name in SIDE_FILES if (source.path / name).is_file()]
-    return [literal("config.json", config), *(literal(file.name, file.read_bytes()) for file in found)]
+    for file in found:
+        if not is_own(source.path, file):
+            raise CheckpointError(
+                f"{file}: a link to a file elsewhere, {file.resolve()}; it is not copied. Put the file itself there."
+            )
+    return [literal("config.json", config), *(literal(file.name, read_bytes(file, MOST_SIDE_BYTES)) for file in found)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -14,7 +15,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from glm45_tune.conversion.names import DIALECTS, Row, hf_places, is_mtp, modules_with_extra_state, rows
 from glm45_tune.conversion.plan import MAX_FILE_BYTES, PlannedFile, collector_off, literal

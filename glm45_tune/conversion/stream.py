@@ -17,7 +17,6 @@ from glm45_tune.conversion.workers import Tick, default_workers
 from glm45_tune.conversion.write import write_files
 from glm45_tune.errors import CheckpointError, VerificationError
 
-
 MAX_SHARD_BYTES = 2 * 10**9
 
 

@@ -6,6 +6,7 @@ which tensor, and files of such chunks, each a torch.save. megatron adds metadat
 
 import io
 import json
+import math
 import os
 import pickle
 import zlib
@@ -26,30 +27,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from glm45_tune.conversion.blocks import InputFile, bytes_of, read_block
+from glm45_tune.conversion.metadata_file import MetadataError, read_metadata
 from glm45_tune.errors import CheckpointError
+from glm45_tune.foreign import member, read_bytes
 
 COMMON = "common_state/shard_0_1"  # where megatron keeps what is not a tensor
+MOST_METADATA_BYTES = 2**30
 FORMAT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles what torch.distributed.checkpoint puts into `.metadata` and nothing else: the file came from somebody."""
-
-    def find_class(self, module: str, name: str):
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, type(torch.Size))):
-            return getattr(torch, name)
-        if (module, name) in (
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "PurePosixPath"),
-        ):
-            return super().find_class(module, name)
-        if (module, name) == ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"):
-            return Metadata  # megatron 0.15 wrote this subclass
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
 
 class TorchDistFiles:
@@ -62,21 +46,45 @@ class TorchDistFiles:
                 f"{self.path}: no .metadata here; not a megatron torch_dist checkpoint, or an incomplete one."
             )
         try:
-            with open(self.path / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
+            self.tensors, self._storage = read_metadata(read_bytes(self.path / ".metadata", MOST_METADATA_BYTES))
+        except MetadataError as error:
             raise CheckpointError(f"{self.path}/.metadata: cannot be read: {error}.") from error
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: meta for key, meta in metadata.state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
-        }
-        self._storage = metadata.storage_data
         self._files: dict[str, InputFile] = {}
         self._starts: dict[MetadataIndex, int | None] = {}
         self._plain_pickles: dict[tuple, bool] = {}
         self.file_names = sorted({info.relative_path for info in self._storage.values()})
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Raise CheckpointError unless every file lies in the directory and holds what is said to be in it."""
+        ends: dict[str, int] = {}
+        for info in self._storage.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name in self.file_names:
-            if not (self.path / name).is_file():
-                raise CheckpointError(f"{self.path}/.metadata names {name}, which is not there.")
+            size = member(self.path, name, ".metadata").stat().st_size
+            if ends[name] > size:
+                raise CheckpointError(f"{self.path}/{name}: holds {size:,} bytes; .metadata names {ends[name]:,}.")
+        for key, meta in self.tensors.items():
+            for chunk in meta.chunks:
+                info = self._storage.get(MetadataIndex(key, chunk.offsets))
+                if info is None:
+                    raise CheckpointError(f"{self.path}/.metadata: a chunk of {key} is stored nowhere.")
+                if math.prod(chunk.sizes) * meta.properties.dtype.itemsize > info.length:
+                    raise CheckpointError(
+                        f"{self.path}/.metadata: a chunk of {key} has shape {tuple(chunk.sizes)} and {info.length:,} bytes."
+                    )
+
+    def read_object(self, key: str) -> object:
+        """A plain value that is stored beside the tensors. Raises CheckpointError."""
+        info = self._storage.get(MetadataIndex(key))
+        if info is None:
+            raise CheckpointError(f"{self.path}: {key} is not stored here.")
+        view = _View(self._file(info.relative_path), info.offset, info.length)
+        try:
+            (value,) = torch.load(view, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            raise view.failure or CheckpointError(f"{self.path}: {key} cannot be read: {error}") from error
+        return value
 
     def read_key(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None):
         """The part of a tensor that starts at `offsets` and has shape `sizes` (all of it by default); only its bytes are read."""

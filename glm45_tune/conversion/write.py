@@ -62,9 +62,9 @@ def _write_or_keep(target: _Target, source: HfReader, file: PlannedFile, tick: T
     """The file's entry: size, hash, and names of tensors with NaN or Inf, if any."""
     known = target.files.get(file.name)
     path = target.path / file.name
-    if known and path.is_file() and path.stat().st_size == known["size"]:
-        if file_hash(path, tick) == known["sha256"]:
-            return known
+    is_there = known and path.is_file() and path.stat().st_size == known["size"]
+    if is_there and file_hash(path, tick) == known["sha256"]:
+        return known
     try:
         digest, nonfinite = write_file(path, source, file, tick, target.kept)
     except OSError as error:

@@ -123,7 +123,8 @@ def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_byte
     """Render rows into an Arrow file at `path`, in order. Returns bad rows, counts by reason, and the number of rows."""
     faults, counts, keys, num_rows = [], Counter(), [], 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    chunks = iter(lambda source=iter(rows): list(islice(source, CHUNK)), [])
+    source = iter(rows)
+    chunks = iter(lambda: list(islice(source, CHUNK)), [])
     workers = 0 if num_bytes < WORTH_WORKERS or os.cpu_count() == 1 else os.cpu_count()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for made in rendered(chunks, renderer, workers):

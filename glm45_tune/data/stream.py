@@ -119,9 +119,9 @@ class Stream:
     def _num_workers(self) -> int:
         """0: what is small is rendered by this process."""
         paths = [source.path for source in self._sources]
-        if all(Path(path).exists() for path in paths):
-            if sum(file.stat().st_size for path in paths for file in files_of(path)) < WORTH_WORKERS:
-                return 0
+        are_here = all(Path(path).exists() for path in paths)
+        if are_here and sum(file.stat().st_size for path in paths for file in files_of(path)) < WORTH_WORKERS:
+            return 0
         return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // ranks_here()))
 
 

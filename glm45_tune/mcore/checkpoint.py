@@ -15,9 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor, load
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensorFactory,
+    apply_factories,
+    apply_factory_merges,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -196,9 +202,38 @@ def restore(trainer: Trainer, directory: Path) -> None:
     optimizers = _optimizers(trainer)
     for optimizer in optimizers.values():
         optimizer._init_optimizer_states_with_dummy_values()  # torch's Adam has no state to load into before its first step
-    state = load({"optimizer": _state(trainer, is_loading=True)["optimizer"]}, str(directory))["optimizer"]
+    wanted, saved = _state(trainer, is_loading=True)["optimizer"], _saved_optimizer(files)
     for number, optimizer in optimizers.items():
-        _load_optimizer(optimizer, state[number])
+        if not isinstance(state := saved.get(number), dict):
+            raise CheckpointError(f"{directory}: the optimizer's state {number} is not stored here.")
+        moments = _read_moments(files, wanted[number]["param_state"])
+        _load_optimizer(optimizer, state | {"param_state": moments})
+
+
+def _saved_optimizer(files: TorchDistFiles) -> dict:
+    """What the optimizers saved beside their moments, by number. megatron's own loader would run what a pickle says."""
+    common = files.read_object(COMMON)
+    if not isinstance(common, dict) or not isinstance(common.get("optimizer"), dict):
+        raise CheckpointError(f"{files.path}: no optimizer's state is stored here.")
+    return common["optimizer"]
+
+
+def _read_moments(files: TorchDistFiles, wanted: dict) -> dict:
+    """wanted: parameter → name of a moment → what describes this rank's part. Returns the same with values."""
+    factories = {number: _only_factories(moments) for number, moments in wanted.items()}
+    apply_factories(wanted)
+    values = dict_list_map_outplace(lambda shard: _read_shard(files, shard), wanted)
+    return apply_factory_merges(values, factories)
+
+
+def _read_shard(files: TorchDistFiles, shard: ShardedTensor) -> torch.Tensor:
+    if shard.key not in files.tensors:
+        raise CheckpointError(f"{files.path}: {shard.key} is missing.")
+    return files.read_key(shard.key, shard.global_offset, shard.local_shape)
+
+
+def _only_factories(moments: dict) -> dict:
+    return {name: value for name, value in moments.items() if isinstance(value, ShardedTensorFactory)}
 
 
 def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:

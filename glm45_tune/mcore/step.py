@@ -128,17 +128,30 @@ class Trainer:
         denominators: list[float],
         lr: float,
         num_channels: int = 0,
+        num_filled: int | None = None,
     ) -> StepResult:
         """A step of supervised training. denominators: the global batch's total weight of each prediction.
 
         num_channels: the batches have `along["channel"]`, and `sums` then hold the weighted loss of each: channel/0, …
+        num_filled: see `update`.
         """
         objective = partial(_weighted_mean, self._scales(denominators), num_channels)
-        result = self.update(batches, num_microbatches, objective, lr)
+        result = self.update(batches, num_microbatches, objective, lr, num_filled)
         return replace(result, losses=_losses(result.sums, denominators))
 
-    def update(self, batches: Iterable[Batch], num_microbatches: int, objective: Objective, lr: float) -> StepResult:
-        """Forward, backward and update. Where batches have routes, they are taken, and `sums` say how many the routers agree with."""
+    def update(
+        self,
+        batches: Iterable[Batch],
+        num_microbatches: int,
+        objective: Objective,
+        lr: float,
+        num_filled: int | None = None,
+    ) -> StepResult:
+        """Forward, backward and update. Where batches have routes, they are taken, and `sums` say how many the routers agree with.
+
+        num_filled: how many of this rank's micro batches hold samples; None: all. The last batch of an epoch may leave some
+        empty, and the routers' losses are means over those that are not.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for chunk in self._wrapped:
@@ -146,6 +159,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         routers = [router for chunk in self._routers for router in chunk]
+        share = self._filled_share(num_microbatches, num_microbatches if num_filled is None else num_filled)
+        for router in routers:
+            router.loss_weight = 1 / share
         biases = [router.expert_bias.clone() for router in routers if router.expert_bias is not None]
         sums = self._sum(self._run(batches, num_microbatches, objective, forward_only=False))
         self.enter("optimizer")
@@ -155,7 +171,7 @@ class Trainer:
             for router, bias in zip(routers, biases):
                 router.expert_bias.copy_(bias)
         sums |= self._agreement()
-        router_losses = self._router_losses(num_microbatches)
+        router_losses = self._router_losses(num_microbatches * share)
         return StepResult([], sums, norm, by_group, not is_updated, self.expert_load, **router_losses)
 
     @torch.no_grad()
@@ -346,7 +362,16 @@ class Trainer:
         dist.all_reduce(counts, group=parallel_state.get_pipeline_model_parallel_group())
         return (counts / counts.mean(1, keepdim=True).clamp(min=1e-9)).cpu()
 
-    def _router_losses(self, num_microbatches: int) -> dict[str, float]:
+    def _filled_share(self, num_microbatches: int, num_filled: int) -> float:
+        """The share of all data ranks' micro batches that hold samples; 1 where none does, as then there is no loss."""
+        if not (self.has_aux_loss or self.has_z_loss):
+            return 1.0
+        count = torch.tensor(num_filled, dtype=torch.float64, device=runtime.device())
+        dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+        return float(count) / (num_microbatches * self.data_parallel_size) or 1.0
+
+    def _router_losses(self, num_microbatches: float) -> dict[str, float]:
+        """num_microbatches: of one rank those that hold samples, a mean over the ranks."""
         names = {"aux_loss": "load_balancing_loss"} if self.has_aux_loss else {}
         names |= {"z_loss": "z_loss"} if self.has_z_loss else {}
         spec, found, tracker = self.module.spec, {}, get_moe_metrics_tracker()

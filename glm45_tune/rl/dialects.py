@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from glm45_tune.rl.engine import Completion, Request
+from glm45_tune.rl.engine import Completion, Finish, Request
 from glm45_tune.spec import ModelSpec
 
 
@@ -111,8 +111,8 @@ def _model(adapter: str | None) -> dict:
     return {"model": adapter} if adapter else {}
 
 
-def _finish(reason: object) -> str:
-    return reason if reason in ("stop", "length") else "aborted"
+def _finish(reason: object) -> Finish:
+    return "stop" if reason == "stop" else "length" if reason == "length" else "aborted"
 
 
 # of a NumPy file: integers, in C's order, with three axes

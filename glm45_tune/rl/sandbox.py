@@ -75,7 +75,9 @@ class Child:
             },
             cwd=cwd,
         )
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._into, self._out, self._err = self._process.stdin, self._process.stdout, self._process.stderr
+        for pipe in (self._into, self._out, self._err):
             os.set_blocking(pipe.fileno(), False)
         self._heard, self._printed, self._num_lines = bytearray(), bytearray(), 0
         self.say(order)
@@ -87,11 +89,11 @@ class Child:
     def say(self, message: object, seconds: float = START_SECONDS) -> None:
         data, deadline = memoryview(json.dumps(message).encode() + b"\n"), time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdin, selectors.EVENT_WRITE)
-            selector.register(self._process.stderr, selectors.EVENT_READ)  # one that prints a lot would wait for us
+            selector.register(self._into, selectors.EVENT_WRITE)
+            selector.register(self._err, selectors.EVENT_READ)  # one that prints a lot would wait for us
             while data:
                 for key, _ in self._ready(selector, deadline, seconds):
-                    if key.fileobj is self._process.stderr:
+                    if key.fileobj is self._err:
                         self._take_printed(selector)
                         continue
                     try:
@@ -103,14 +105,14 @@ class Child:
         """The next message, of at most `most` bytes."""
         deadline, seen = time.monotonic() + seconds, 0
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            selector.register(self._process.stderr, selectors.EVENT_READ)
+            selector.register(self._out, selectors.EVENT_READ)
+            selector.register(self._err, selectors.EVENT_READ)
             while (end := self._heard.find(b"\n", seen)) < 0:
                 seen = len(self._heard)
                 if seen > most:
                     raise Gone("garbled", f"its process wrote a message of more than {most:,} bytes")
                 for key, _ in self._ready(selector, deadline, seconds):
-                    if key.fileobj is self._process.stderr:
+                    if key.fileobj is self._err:
                         self._take_printed(selector)
                     elif part := os.read(key.fd, 1 << 16):
                         self._heard += part
@@ -142,12 +144,12 @@ class Child:
         Returns whether there was something.
         """
         try:
-            part = os.read(self._process.stderr.fileno(), 1 << 16)
+            part = os.read(self._err.fileno(), 1 << 16)
         except BlockingIOError:
             return False
         if not part:
             if selector:
-                selector.unregister(self._process.stderr)
+                selector.unregister(self._err)
             return False
         *lines, rest = (bytes(self._printed) + part).split(b"\n")
         self._printed[:] = rest[:_PRINTED_BYTES]
@@ -194,7 +196,8 @@ class Worker:
         items = list(zip(prompts, completions, columns))
         results: list[Result] = []
         while len(results) < len(items):
-            fault = self._start() or self._ask(items[len(results) :], results)
+            child = self._start()
+            fault = self._ask(child, items[len(results) :], results) if isinstance(child, Child) else child
             if fault is not None:
                 self.close()
                 kind, message = fault
@@ -208,12 +211,12 @@ class Worker:
     def fault(self) -> str | None:
         """Why its process cannot be started, None where it can."""
         found = self._start()
-        return found and found[1]
+        return None if isinstance(found, Child) else found[1]
 
-    def _start(self) -> tuple[str, str] | None:
-        """Start the process if it does not run. Returns why it could not."""
+    def _start(self) -> "Child | tuple[str, str]":
+        """The process, started if it does not run; or why it could not be."""
         if self._child is not None and self._child.runs:
-            return None
+            return self._child
         self.close()
         self._one_by_one, self._batched = True, False
         self._home = tempfile.TemporaryDirectory(prefix="glm45_tune_reward_")
@@ -221,47 +224,49 @@ class Worker:
         config = self._config
         order = {"function": config.function, "options": config.options, "seconds": self._timeout, "memory": MEMORY_GIB}
         try:
-            self._child = Child(config.function, order, kept, self._home.name, self._is_told)
-            hello = self._child.hear(START_SECONDS)
+            child = self._child = Child(config.function, order, kept, self._home.name, self._is_told)
+            hello = child.hear(START_SECONDS)
         except (Gone, OSError, RecipeError) as error:
             return ("cannot start", str(error))
         if "error" in hello:
-            return ("cannot start", self._child.hide(str(hello["error"])))
+            return ("cannot start", child.hide(str(hello["error"])))
         self._one_by_one, self._batched = bool(hello.get("one_by_one")), bool(hello.get("batched"))
-        return None
+        return child
 
-    def _ask(self, items: list, results: list[Result]) -> tuple[str, str] | None:
+    def _ask(self, child: Child, items: list, results: list[Result]) -> tuple[str, str] | None:
         """Append a result for each item as it comes. Returns what went wrong with the first one without."""
         wanted, seconds = len(results) + len(items), self._timeout * (len(items) if self._batched else 1)
         try:
-            self._child.say(items)
+            child.say(items)
             while len(results) < wanted:
                 # the child ends an async function itself, just before
-                answer = self._child.hear(seconds + 1, _LINE_BYTES + _ITEM_BYTES * len(items))
-                results += self._results(answer, wanted - len(results))
+                answer = child.hear(seconds + 1, _LINE_BYTES + _ITEM_BYTES * len(items))
+                results += _results(child, answer, wanted - len(results))
         except Gone as gone:
             return (gone.kind, f"took longer than {seconds} s" if gone.kind == "timeout" else str(gone))
         return None
-
-    def _results(self, answer: dict, most: int) -> list[Result]:
-        found = answer.get("results")
-        if not isinstance(found, list) or not 0 < len(found) <= most:
-            raise Gone("garbled", f"its process wrote what is no message of ours: {str(answer)[:80]!r}")
-        return [self._result(entry) for entry in found]
-
-    def _result(self, entry: object) -> Result:
-        match entry:
-            case [int() | float() as value, None, ""] if math.isfinite(value):
-                return float(value), None, ""
-            case [None, str() as kind, str() as message]:
-                return None, kind, self._child.hide(message)
-        raise Gone("garbled", f"its process wrote what is no result: {str(entry)[:80]!r}")
 
     def close(self) -> None:
         if self._child is not None:
             self._child.close()
             self._child = None
             self._home.cleanup()
+
+
+def _results(child: Child, answer: dict, most: int) -> list[Result]:
+    found = answer.get("results")
+    if not isinstance(found, list) or not 0 < len(found) <= most:
+        raise Gone("garbled", f"its process wrote what is no message of ours: {str(answer)[:80]!r}")
+    return [_result(child, entry) for entry in found]
+
+
+def _result(child: Child, entry: object) -> Result:
+    match entry:
+        case [int() | float() as value, None, ""] if math.isfinite(value):
+            return float(value), None, ""
+        case [None, str() as kind, str() as message]:
+            return None, kind, child.hide(message)
+    raise Gone("garbled", f"its process wrote what is no result: {str(entry)[:80]!r}")
 
 
 class ToolWorker:
@@ -274,15 +279,16 @@ class ToolWorker:
     def ask(self, said: str, columns: dict) -> object:
         """What the function returns. Raises Gone, with words that go behind its name."""
         try:
-            if self._child is None:
+            child = self._child
+            if child is None:
                 order = {"function": self._function, "is_tool": True}
-                self._child = Child(self._function, order, dict(os.environ), os.getcwd(), self._is_told)
-                hello = self._child.hear(START_SECONDS)
+                child = self._child = Child(self._function, order, dict(os.environ), os.getcwd(), self._is_told)
+                hello = child.hear(START_SECONDS)
                 if "error" in hello:
                     raise Gone("died", f"cannot start: {hello['error']}")
-            self._child.say([said, columns], self._timeout)
-            answer = self._child.hear(self._timeout, 16 * _LINE_BYTES)
-            self._child.show_rest()
+            child.say([said, columns], self._timeout)
+            answer = child.hear(self._timeout, 16 * _LINE_BYTES)
+            child.show_rest()
         except Gone as gone:
             self.close()
             hangs = f"took longer than {self._timeout:g} s (rl.tool_timeout_seconds)"

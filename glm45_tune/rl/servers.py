@@ -280,7 +280,8 @@ class Servers:
                     await self._start_again(url)
             finally:
                 self._busy[url] -= 1
-                self._under_way.pop(name, None)
+                if name:
+                    self._under_way.pop(name, None)
         if is_answered or self.is_ours:
             self.faults["given up"] += 1
             return Completion([], [], "aborted", version)

@@ -145,7 +145,8 @@ class PolicyGradient:
         results = []
         for share, end in zip(batches, ends):
             ours = prepared[end - len(share) : end]
-            results.append(self._trainer.update(ours, len(ours), self._objective, lr))
+            num_filled = sum(batch.num_samples > 0 for batch in ours)
+            results.append(self._trainer.update(ours, len(ours), self._objective, lr, num_filled))
             self._version += 1
         return results
 

@@ -44,7 +44,9 @@ class Preference:
         lr = learning_rate_of(job.recipe, step, job.num_steps)
         chosen = self._with_reference(job.plan.share(rows, trainer.data_parallel_rank))
         divergence = self._divergence(members)
-        result = trainer.update(chosen, len(chosen), partial(self._objective, members, divergence), lr)
+        objective = partial(self._objective, members, divergence)
+        num_filled = sum(batch.num_samples > 0 for batch in chosen)
+        result = trainer.update(chosen, len(chosen), objective, lr, num_filled)
         tokens = sum(len(sample.input_ids) for sample in members)
         return {
             **common_metrics(result, trainer, result.sums["loss"]),

@@ -25,7 +25,6 @@ from glm45_tune.rl.sandbox import check_functions
 from glm45_tune.training import run_directory
 from glm45_tune.training.metrics import check_trackers
 
-
 _BY_ENVIRONMENT = (
     "Leave it out: the server has this command's environment and can read it there (vLLM: VLLM_API_KEY); "
     "rl.engine.api_key: ${env:VLLM_API_KEY} lets us send it."

@@ -75,8 +75,9 @@ def _main() -> int:
 
     begin = _begin_python
     if not torch.cuda.device_count():
-        import glm45_tune.training.loop  # noqa: F401
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+        import glm45_tune.training.loop  # noqa: F401
 
         pyarrow.array([0])  # which is when it imports pandas
 

@@ -167,7 +167,7 @@ class Roller:
                 answer.extend(completion)
             under_way = [answer for answer in under_way if answer.finish == "stop"]
             if turn + 1 < rl.max_turns:
-                heard = on_first(lambda: [self._hear(answer) for answer in under_way])
+                heard = on_first(lambda asked=under_way: [self._hear(answer) for answer in asked])
                 heard = [ids if len(a.token_ids) + len(ids) < limit else [] for a, ids in zip(under_way, heard)]
                 for answer, token_ids in zip(under_way, heard):
                     answer.hear(token_ids)

@@ -47,7 +47,8 @@ class Supervised:
         lr = learning_rate_of(job.recipe, step, job.num_steps)
         channels = self._channels_of(members)
         made = batches(job, trainer, microbatches, channels)
-        result = trainer.train(made, len(microbatches), denominators.tolist(), lr, len(channels))
+        num_filled = sum(map(bool, microbatches))
+        result = trainer.train(made, len(microbatches), denominators.tolist(), lr, len(channels), num_filled)
         lengths = [len(sample.input_ids) for sample in members]
         tokens, counted = sum(lengths), sum(np.count_nonzero(sample.loss_mask) for sample in members)
         return {

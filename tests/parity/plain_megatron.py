@@ -6,13 +6,14 @@ other in the same ranks. What is ours here is only the CPU mode, which turns cud
 
 import json
 from functools import partial
+from pathlib import Path
 
+import megatron.core.models.gpt  # noqa: F401  what the functions below import from, paid for once before the ranks fork
+import megatron.core.models.hybrid.hybrid_block  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import megatron.core.models.gpt  # noqa: F401  what the functions below import from, paid for once before the ranks fork
-import megatron.core.models.hybrid.hybrid_block  # noqa: F401
 from glm45_tune.mcore import cpu
 
 
@@ -207,7 +208,7 @@ def compute(directory: str, dialect: str, sizes: list[int], output: str) -> None
     tp, pp, ep = sizes
     parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    hf = json.load(open(f"{directory}/config.json"))
+    hf = json.loads(Path(directory, "config.json").read_text())
     config = config_of(hf, tp, pp, ep, dialect == "hybrid")
     common = dict(
         vocab_size=hf["vocab_size"],
@@ -246,7 +247,7 @@ def compute(directory: str, dialect: str, sizes: list[int], output: str) -> None
             forward_only=True,
             collect_non_loss_data=True,
         )
-    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-        if parallel_state.get_data_parallel_rank() == 0:
-            torch.save((tokens, results[0]), output)
+    is_first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
+    if parallel_state.is_pipeline_last_stage() and is_first:
+        torch.save((tokens, results[0]), output)
     dist.barrier()

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 
 def main(directory: str, asked: str, output: str) -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(model=directory, enforce_eager=True, dtype="float32", max_model_len=256, seed=0)
-    prompts = json.load(open(asked))
+    prompts = json.loads(Path(asked).read_text())
     results = llm.generate(
         [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),

@@ -109,7 +109,7 @@ def test_what_is_broken_off_goes_on_token_by_token_and_no_prompt_is_lost(one_ran
     """Tokens count up from the prompt through every break; each has the version and the log-probability it was written with."""
     found, ahead = partial_run(lambda prompt: 9 if prompt == 2000 else 4)
     several = 0
-    for version, answers, metrics in found:
+    for version, answers, _ in found:
         for answer in answers:
             prompt = answer.token_ids[0]
             assert answer.token_ids == list(range(prompt, prompt + 1 + (9 if prompt == 2000 else 4)))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from slow_conversion import convert_small
 
 from glm45_tune.conversion import mcore_files
@@ -147,14 +146,14 @@ def test_another_job_does_not_go_on_with_this_ones_files(sources, checkpoints, t
     assert not any(b"of the other job" in data for data in contents(tmp_path / "out").values())
 
 
-def _fail_after(monkeypatch, count, error=OSError(errno.EIO, os.strerror(errno.EIO))):
+def _fail_after(monkeypatch, count, error=None):
     """From the count-th read of a file on, the disk fails."""
     real, calls = os.preadv, []
 
     def failing(*arguments):
         calls.append(None)
         if len(calls) > count:
-            raise error
+            raise error or OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", failing)

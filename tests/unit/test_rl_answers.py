@@ -210,6 +210,35 @@ def test_servers_are_sent_their_key_and_shown_without_it(how, sent, spec, tmp_pa
         assert "topsecret" not in str(error.value)
 
 
+def test_an_order_may_be_answered_with_a_word(spec, tmp_path):
+    """As vLLM answers one to load an adapter; what says that it failed did."""
+    with answering(http("Success: LoRA adapter 'a' added."), http('{"success": false, "message": "no room"}')) as (
+        url,
+        _,
+    ):
+        servers = servers_at(url, spec, tmp_path)
+        servers.load_adapter("a", tmp_path)
+        with pytest.raises(UserError, match="/v1/load_lora_adapter: .*no room"):
+            servers.load_adapter("b", tmp_path)
+
+
+def test_servers_of_this_machine_are_not_asked_through_a_proxy(spec, tmp_path, monkeypatch):
+    """Nor the one that is started, whose health is asked for until it answers."""
+    command = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1"]
+    with answering(http("a page", "503 No"), models=http("a page", "503 No")) as (proxy, asked):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        with answering(http(json.dumps(vllm()))) as (url, _):
+            assert servers_at(url, spec, tmp_path).generate([ASKED], 0, 0)[0].finish == "stop"
+        config = EngineConfig(kind="sglang", command=command, start_seconds=60)
+        ours = Servers(config, "m", 1.0, [9], tmp_path / "log", spec)
+        monkeypatch.setattr(ours._dialect, "health", "/")
+        try:
+            ours.start()
+        finally:
+            ours.stop()
+    assert not asked
+
+
 def mutated(rng: random.Random, value):
     """The document with something else in one place."""
     odd = [None, True, -1, 1.5, "x", [], {}, [[]], 10**30, float("nan"), "9" * 5000, {"a": None}]

@@ -180,7 +180,10 @@ def test_preference_losses_by_hand():
     assert pair_losses(*values, "ipo", 0.1).item() == pytest.approx((h - 5) ** 2)
     policy, reference, good = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -11.5]), torch.tensor([True, False])
     found = kto_losses(policy, reference, good, torch.tensor(0.25), 0.2, (1.5, 0.5))
-    sigma = lambda x: 1 / (1 + math.exp(-x))
+
+    def sigma(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
     wanted = [1.5 * (1 - sigma(0.2 * (1 - 0.25))), 0.5 * (1 - sigma(0.2 * (0.25 + 0.5)))]
     assert found.tolist() == pytest.approx(wanted)
 

@@ -31,7 +31,8 @@ def test_groups_are_opened_in_the_same_order_on_every_rank(monkeypatch):
     for places in (range(len(names)), reversed(range(len(names)))):
         spoken = []
         for name, place in zip(names, places):
-            monkeypatch.setattr(parallel_state, name, lambda group=_Group(name, place), **_: group)
+            group = _Group(name, place)
+            monkeypatch.setattr(parallel_state, name, lambda group=group, **_: group)
         monkeypatch.setattr(
             parallel_state, "get_embedding_group", lambda check_initialized: None
         )  # of a stage in the middle

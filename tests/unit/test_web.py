@@ -313,9 +313,9 @@ def test_the_key_of_openai_goes_to_the_server_that_the_user_names_alone(monkeypa
         monkeypatch.setenv("OPENAI_BASE_URL", url + "/v1")
         ask(url)
         assert len(asked) == 2 and all(b"Bearer sk-test-0123456789" in head for head in asked)
-    with answering(models=http("no key", "401 Unauthorized")) as (url, asked):
-        with pytest.raises(UserError, match=f"OPENAI_BASE_URL={url}"):
-            Server(url)
+    with answering(models=http("no key", "401 Unauthorized")) as (url, asked), pytest.raises(UserError) as error:
+        Server(url)
+    assert f"OPENAI_BASE_URL={url}" in str(error.value)
     assert not any(b"sk-test" in head for head in asked)
 
 

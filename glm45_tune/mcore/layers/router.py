@@ -92,6 +92,9 @@ class Router(TopKRouter):
     padding_mask: bool [T, 1], True where a token is no data; None where all are.
     """
 
+    loss_weight = 1.0
+    """All micro batches of a step over those that hold samples: megatron divides their losses by all of them."""
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         return _Gate.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
 
@@ -135,7 +138,7 @@ class Router(TopKRouter):
 
     def _apply_aux_loss(self, probs, scores_for_aux_loss, routing_map, with_padding_mask=True):
         """scores and map [T, E] are 0 at padding. The loss of the micro batch is the sum of its ranks' parts."""
-        coeff = self.get_aux_loss_coeff("aux_loss")
+        coeff = self.get_aux_loss_coeff("aux_loss") * self.loss_weight
         counts = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), self.tp_cp_group)
         loss = switch_load_balancing_loss_func(
             probs=scores_for_aux_loss,
@@ -158,4 +161,4 @@ class Router(TopKRouter):
         loss = (squares * is_data).sum() / count
         num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         get_moe_metrics_tracker().record("z_loss", loss, self.layer_number, num_layers, reduce_group=self.tp_cp_group)
-        return MoEAuxLossAutoScaler.apply(logits, coeff * loss)
+        return MoEAuxLossAutoScaler.apply(logits, coeff * self.loss_weight * loss)
