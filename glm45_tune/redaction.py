@@ -17,15 +17,19 @@ HIDDEN = "***"
 """What stands where a secret was."""
 REFERENCE = re.compile(r"\$\{env:([A-Za-z_]\w*)\}")
 
-_WORDS = r"api[-_]?keys?|keys?|tokens?|secrets?|passwords?|passwd|pwd|passphrase|credentials?|auth|authorization|bearer|cookie"
+_WORDS = (
+    r"api[-_]?keys?|key|token|secrets?|passwords?|passwd|pwd|passphrase|credentials?|auth|authorization|bearer|cookie"
+)
 # a name that ends in such a word; camelCase is taken apart before
-_NAME = re.compile(rf"(?:^|[\W_])(?:{_WORDS})$", re.IGNORECASE)
+_NAME = re.compile(rf"(?:(?:^|[\W_])(?:{_WORDS})|token|secret|password|apikey)$", re.IGNORECASE)
 _FLAG = re.compile(rf"--?[\w-]*(?<![a-z])(?:{_WORDS})", re.IGNORECASE)
 _IN_TEXT = [
-    (re.compile(r"(\w://)[^/\s?#]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\w://)(?![^/\s?#@]*\$\{env:)[^/\s?#]*@"), rf"\1{HIDDEN}@"),
     (re.compile(r"\b(bearer|basic)\s+(?!\$\{env:)[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (
-        re.compile(rf"(?<![A-Za-z])((?:\w*[-_])?(?:{_WORDS}|sig|signature)=)(?!\$\{{env:)[^\s&;,'\"]+", re.IGNORECASE),
+        re.compile(
+            rf"(?<![A-Za-z])((?:\w{{0,40}}[-_])?(?:{_WORDS}|sig|signature)=)(?!\$\{{env:)[^\s&;,'\"]+", re.IGNORECASE
+        ),
         rf"\1{HIDDEN}",
     ),
     (
@@ -39,7 +43,7 @@ _IN_TEXT = [
     (
         re.compile(
             r"\b(?:[spr]k-[\w-]{8,}|hf_\w{8,}|gh[pousr]_\w{8,}|github_pat_\w{8,}|glpat-[\w-]{8,}|xox[a-z]-[\w-]{8,}"
-            r"|AKIA[0-9A-Z]{12,}|AIza[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+            r"|AKIA[0-9A-Z]{12,}|AIza[\w-]{20,}|eyJ[\w-]{8,2000}\.[\w-]+\.[\w-]*)"
         ),
         HIDDEN,
     ),

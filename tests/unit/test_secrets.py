@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -27,10 +28,15 @@ from glm45_tune.training.prepare import prepare
 SECRETS = {
     "api_key": {"api_key": "abcdef"},
     "apiKey": {"apiKey": "abcdef"},
-    "a name that ends so": {"JUDGE_KEY": "abcdef", "hf-token": "abcdef", "client_secret": "abcdef"},
+    "a name that ends so": {
+        "JUDGE_KEY": "abcdef",
+        "hf-token": "abcdef",
+        "client_secret": "abcdef",
+        "authtoken": "abcdef",
+    },
     "password": {"password": "abcdef"},
     "a header": {"headers": {"Authorization": "Bearer abcdef", "x-api-key": "abcdef"}},
-    "a list under the name": {"tokens": ["abcdef", {"value": "abcdef"}]},
+    "a list under the name": {"api_keys": ["abcdef", {"value": "abcdef"}]},
     "a bearer token in a text": {"header": "Authorization: Bearer abcdef"},
     "OpenAI's form": {"text": "use sk-abcdef-0123456789"},
     "Hugging Face's form": {"text": "hf_abcdef0123456789"},
@@ -49,10 +55,13 @@ HARMLESS = {
     "column": "key",
     "pattern": "token: (\\d+)",
     "max_tokens": 5,
+    "required_keys": ["name", "age"],
+    "stop_tokens": ["</answer>"],
     "url": "http://host:8000/v1?n=1",
     "reference": "${env:JUDGE_KEY}",
     "api_key": "${env:JUDGE_KEY}",
     "header": "Bearer ${env:JUDGE_KEY}",
+    "judge": "http://me:${env:JUDGE_KEY}@host:8000/v1?token=${env:JUDGE_TOKEN}",
     "command": ["serve", "{model}", "--tokenizer", "there", "--port", "{port}"],
     "mail": "write to me@host.org",
     "text": "monkey=1, the task-force, a risk-averse key: value",
@@ -79,6 +88,13 @@ def test_what_is_no_secret_stays_as_it_is():
         "lora.lora_alpha: unknown key. Did you mean r?",
     ):
         assert redacted_text(said) == said
+
+
+@pytest.mark.parametrize("piece", ["1", "a-", "eyJ-", "a://", "key", "Bearer ", "sk-", "://@", "_key="])
+def test_a_long_text_is_searched_in_a_moment(piece):
+    started = time.process_time()
+    redacted_text(piece * (200_000 // len(piece)))
+    assert time.process_time() - started < 2
 
 
 DOCUMENTS = st.recursive(
