@@ -209,11 +209,18 @@ def _parquet(file) -> Iterator:
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
         for row in batch.to_pylist():
             number += 1
-            yield number, without_nulls(row)
+            yield number, without_made_up(row)
 
 
-def without_nulls(value):
-    """Arrow gives every struct all fields of its type; a null one was not in the row."""
+def without_made_up(row: dict) -> dict:
+    """A row of a columnar file: Arrow gives every struct all fields of its type, and a null one was not in the row.
+
+    A column that is null in a row, and a null in a list, are the row's own.
+    """
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value):
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

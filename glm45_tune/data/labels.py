@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from glm45_tune.data.chat import ChatRenderer, Sample, check_messages, check_tools
+from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.data.length import Tokens
 from glm45_tune.errors import DataError
 
@@ -23,10 +23,10 @@ class LabelledRenderer(ChatRenderer):
             raise DataError(f"is {came}; kto wants true (a desirable answer) or false (an undesirable one)", "label")
         if self.options.overlong == "split":
             raise DataError("a labelled answer cannot be split: data.overlong is to be error, drop or truncate")
-        messages = check_messages(row)
+        messages, tools, thinking = self._checked(row)
         last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
         answers = {n for n, message in enumerate(messages) if n > last and message["role"] == "assistant"}
-        return self._fitted([self._conversation(messages, check_tools(row), self._thinking(row), answers)])
+        return self._fitted([self._conversation(messages, tools, thinking, answers)])
 
     def _kept(self, row: dict) -> dict:
         return {"label": row["label"]}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm45_tune.data.chat import ChatRenderer, Sample, check_messages, check_tools
+from glm45_tune.data.chat import ChatRenderer, Sample
 from glm45_tune.data.length import Tokens, cut
 from glm45_tune.errors import DataError
 
@@ -59,13 +59,13 @@ class PairRenderer(ChatRenderer):
     def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
         if self.options.overlong == "split":
             raise DataError("a pair cannot be split: data.overlong is to be error, drop or truncate")
-        sides = [check_messages(row), check_messages(row, "rejected_messages")]
+        (chosen, tools, thinking), (rejected, _, _) = self._checked(row), self._checked(row, "rejected_messages")
+        sides = [chosen, rejected]
         # what of it may be trained in other rows does not matter: what both share is not trained at all
         said = ([{**message, "weight": None} for message in messages] for messages in sides)
         shared = next((n for n, (a, b) in enumerate(zip(*said)) if a != b), min(map(len, sides)))
         if not shared:
             raise DataError("chosen and rejected share no beginning: they are to be answers to one prompt")
-        tools, thinking = check_tools(row), self._thinking(row)
         both = []
         for name, messages in zip(("chosen", "rejected"), sides):
             answers = {n for n in range(shared, len(messages)) if messages[n]["role"] == "assistant"}

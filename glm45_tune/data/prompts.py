@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from glm45_tune.data.chat import ChatRenderer, check_messages, check_tools
+from glm45_tune.data.chat import ChatRenderer
 from glm45_tune.data.length import Tokens, cut
 from glm45_tune.errors import DataError
 
@@ -18,7 +18,7 @@ class PromptRenderer(ChatRenderer):
     kind = "rl"
 
     def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
-        messages, tools, thinking = check_messages(row), check_tools(row), self._thinking(row)
+        messages, tools, thinking = self._checked(row)
         if messages[-1]["role"] == "assistant":
             raise DataError(
                 "is the assistant's; a prompt ends on what is to be answered. Keep a wanted answer in a field of its own",

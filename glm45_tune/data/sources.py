@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from glm45_tune.data.chat import ChatRenderer, Sample
-from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
+from glm45_tune.data.files import as_row, files_of, read_rows, without_made_up
 from glm45_tune.data.formats import KINDS, format_of
 from glm45_tune.data.functions import function_named
 from glm45_tune.data.labels import LabelledRenderer
@@ -113,7 +113,7 @@ def numbered(source: str, rows: Iterable) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
-            yield source, number, as_row(without_nulls(row))
+            yield source, number, as_row(row)
     except (Exception, SystemExit) as error:  # the user's program, or a hub's client
         raise DataError(f"{source}:{number + 1}: this row cannot be had: {error!r}. Mend what yields it.") from error
 
@@ -131,7 +131,8 @@ def _hub(source: str, streaming: bool) -> Iterable:
         raise DataError(f"{source}: needs {error.name}: pip install {error.name}.") from None
     try:
         name = _fetched(name) if hub == "ms" else name
-        return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        return map(without_made_up, rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}") from error
 
