@@ -176,18 +176,16 @@ class Roller:
 
     def _hear(self, answer: Answer) -> list[int]:
         """What the tools say to an answer's last turn, as the tokens that follow it in the conversation; nothing ends it."""
-        messages = self._messages(answer)
+        messages, mark = self._messages(answer)
         if not messages:
             return []
         tokenizer = self._job.tokenizer
         thinking = answer.sample.row.get("enable_thinking", self._job.recipe.data.enable_thinking)
         options = {"tokenize": False} if thinking is None else {"tokenize": False, "enable_thinking": thinking}
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        mark = _mark_for(messages)
-        said = [_marked(message, tokenizer, mark) for message in messages]
         try:
             start = tokenizer.apply_chat_template(before, **options)
-            whole = tokenizer.apply_chat_template(before + said, add_generation_prompt=True, **options)
+            whole = tokenizer.apply_chat_template(before + messages, add_generation_prompt=True, **options)
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(
                 f"{self._rl.tools}: the checkpoint's template refuses {str(messages)[:200]}: {error!r}"
@@ -198,8 +196,11 @@ class Roller:
         # the model wrote the role token itself
         return token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
 
-    def _messages(self, answer: Answer) -> list[dict]:
-        """What the tools say, checked; nothing ends the answer. Raises UserError where the function raises or gives else."""
+    def _messages(self, answer: Answer) -> tuple[list[dict], str]:
+        """What the tools say, checked, and the mark in whatever there would be a token of its own.
+
+        Nothing ends the answer. Raises UserError where the function raises or gives something else.
+        """
         name, sample = f"rl.tools {self._rl.tools}", answer.sample
         try:
             messages = self._tools.ask(self.text(answer, whole=True), sample.row)
@@ -209,14 +210,15 @@ class Roller:
             ) from gone
         wanted = 'a list of messages, such as [{"role": "tool", "content": "text"}], or None is expected'
         if not messages:
-            return []
+            return [], ""
         if not isinstance(messages, list):
             raise UserError(f"{name}: returned {type(messages).__name__} {str(messages)[:80]!r}; {wanted}.")
         try:
-            checked = check_messages({"messages": messages})
+            mark = _mark_for(messages)
+            checked = check_messages({"messages": _marked(messages, self._job.tokenizer, mark)})
         except DataError as error:
             raise UserError(f"{name}: returned what is no list of messages: {error}; {wanted}.") from None
-        return [{key: value for key, value in message.items() if key != "weight"} for message in checked]
+        return [{key: value for key, value in message.items() if key != "weight"} for message in checked], mark
 
     def text(self, answer: Answer, whole: bool = False) -> str:
         """What the model wrote (whole: and what it heard), without the token that ended it."""
@@ -286,14 +288,14 @@ class Roller:
             worker.close()
 
 
-def _mark_for(messages: list[dict]) -> str:
+def _mark_for(messages: list) -> str:
     """A letter of the private use area that the messages do not hold."""
     text = json.dumps(messages, ensure_ascii=False)
     return next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)
 
 
-def _marked(message: dict, tokenizer, mark: str) -> dict:
-    """The message with a mark inside what would be a token of its own, such as <|user|>."""
+def _marked(messages: list, tokenizer, mark: str) -> list:
+    """The messages with a mark inside what would be a token of its own, such as <|user|>."""
     tokens = sorted(filter(None, tokenizer.get_added_vocab()), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, tokens)))
 
@@ -301,10 +303,10 @@ def _marked(message: dict, tokenizer, mark: str) -> dict:
         if isinstance(value, str):
             return pattern.sub(lambda found: found[0][0] + mark + found[0][1:], value)
         if isinstance(value, dict):
-            return {without(key): without(inner) for key, inner in value.items()}
+            return {without(key): without(inner) for key, inner in value.items()}  # arguments of calls too
         return [without(inner) for inner in value] if isinstance(value, list) else value
 
-    return {key: value if key == "role" else without(value) for key, value in message.items()}
+    return without(messages)
 
 
 def _encoded(tokenizer, text: str, mark: str) -> list[int]:
