@@ -14,7 +14,7 @@ import numpy as np
 
 from glm45_tune.data.fields import call_arguments, read_message, read_tool
 from glm45_tune.data.formats import ALIASES, canonical, field_of, unused_fields
-from glm45_tune.data.length import Tokens, fit
+from glm45_tune.data.length import Fitted, Tokens, fit, why_left_out
 from glm45_tune.data.thoughts import check_tags, split_thought
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig
@@ -54,6 +54,8 @@ class Rendering:
 
     samples: list[Sample]
     counts: Counter
+    left_out: list[str]
+    """Why conversations of the row are not among the samples, a sentence each."""
 
 
 def load_tokenizer(directory: str | Path):
@@ -122,7 +124,8 @@ class ChatRenderer:
         try:
             made = canonical(row, self.options.format, self.kind)
             unused = unused_fields(row, made, self.options.format, self.kind)
-            tokens, counts = self._tokens(made)
+            fitted = self._tokens(made)
+            counts = fitted.counts
             counts.update(f"rows with the unused field {name}" for name in unused)
             if self.options.turns == "last" and _asks_for_earlier(made.get("messages", ())):
                 counts["rows that ask for an earlier turn, which turns: last leaves out"] += 1
@@ -134,7 +137,8 @@ class ChatRenderer:
             )
             located.field = field
             raise located from None
-        return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
+        samples = [Sample(piece.ids, piece.mask, source, line, kept) for piece in fitted.pieces]
+        return Rendering(samples, counts, fitted.left_out)
 
     def _kept(self, row: dict) -> dict | None:
         """What a sample keeps of its row besides tokens."""
@@ -143,8 +147,8 @@ class ChatRenderer:
             raise DataError(f"is {channel!r}; a name is expected, under which the row's loss is said", "channel")
         return {"channel": channel} if channel else None
 
-    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
-        """What becomes of a row in canonical form, each piece within data.seq_length, and what was cut, by reason."""
+    def _tokens(self, row: dict) -> Fitted:
+        """What becomes of a row in canonical form."""
         found = [self._document(row["text"])] if "text" in row else self._conversations(row)
         return self._fitted(found)
 
@@ -155,9 +159,9 @@ class ChatRenderer:
                 "data.overlong what should become of it"
             )
 
-    def _fitted(self, found: list[Tokens]) -> tuple[list[Tokens], Counter]:
+    def _fitted(self, found: list[Tokens]) -> Fitted:
         limit, policy = self.options.seq_length, self.options.overlong
-        kept, counts = [], Counter()
+        kept, counts, left_out = [], Counter(), []
         for tokens in found:
             self._check_length(len(tokens.ids))
             pieces = fit(tokens, limit, policy)
@@ -167,10 +171,14 @@ class ChatRenderer:
                     {"drop": "dropped", "truncate": "truncated", "split": "split"}[policy] if pieces else "dropped"
                 ] += 1
                 counts["pieces that would train nothing"] += len(pieces) - len(trained)
+                if not pieces:
+                    left_out.append(why_left_out(len(tokens.ids), tokens.head, limit, policy))
+                elif not trained:
+                    left_out.append(f"left out: nothing of what fits into {limit:,} tokens would be trained")
             elif not trained:
                 raise DataError("nothing in this row would be trained: no assistant message in it says anything")
             kept += trained
-        return kept, +counts
+        return Fitted(kept, +counts, left_out)
 
     def _document(self, text: str) -> Tokens:
         """Plain text as GLM was pre-trained on it: behind [gMASK]<sop>, ended by <|endoftext|>, all of it trained."""

@@ -1,10 +1,9 @@
 """Rows of one answer and what was thought of it, {"label": true | false}: what KTO learns from where there are no pairs."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from glm45_tune.data.chat import ChatRenderer, Sample
-from glm45_tune.data.length import Tokens
+from glm45_tune.data.length import Fitted
 from glm45_tune.errors import DataError
 
 
@@ -16,7 +15,7 @@ class LabelledRenderer(ChatRenderer):
 
     kind = "labelled"
 
-    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
+    def _tokens(self, row: dict) -> Fitted:
         label = row.get("label")
         if not isinstance(label, bool):
             came = "missing" if label is None else repr(label)[:40]

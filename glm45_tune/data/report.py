@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import asdict
 
 import numpy as np
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.text import Text
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
 from glm45_tune.data.packing import BatchPlan
-from glm45_tune.data.sources import RENDERERS, Corpus, hold_out, kind_for, kind_of, load, rows_of
+from glm45_tune.data.sources import RENDERERS, Corpus, hold_out, kind_for, kind_of, listed, load, rows_of
 from glm45_tune.data.stream import Stream
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import Recipe
@@ -121,10 +122,8 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
             }
             for sample, more in _first(corpus, summary["kind"], show)
         ],
-        "errors": [
-            {"file": fault.file, "line": fault.line, "field": fault.field, "message": fault.message}
-            for fault in corpus.faults
-        ],
+        "errors": [asdict(fault) for fault in corpus.faults],
+        "left_out": [asdict(fault) for fault in corpus.left_out],
     }
 
 
@@ -157,8 +156,8 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
         if summary["kind"] == "rl":
             columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
             console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False)
-    for fault in corpus.faults:
-        console.print(Text.assemble((f"{fault.file}:{fault.line}:", "red"), f" {fault.message}"))
+    for line in (*listed(corpus.left_out), *listed(corpus.faults)):
+        console.print(Text(line, "red" if corpus.faults else ""))
 
 
 def coloured(sample: Sample, tokenizer) -> Text:

@@ -45,6 +45,8 @@ class Corpus:
     faults: list[Fault] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     num_rows: int = 0
+    left_out: list[Fault] = field(default_factory=list)
+    """Rows, or conversations of them, that are too long and so not among the samples; of many the first."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,7 +61,8 @@ class Corpus:
     @classmethod
     def of(cls, samples: Sequence[Sample], facts: dict) -> "Corpus":
         """Samples with what `store` and `render_once` say about them."""
-        return cls(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
+        faults, left_out = ([Fault(*fault) for fault in facts[name]] for name in ("faults", "left_out"))
+        return cls(samples, faults, Counter(facts["counts"]), facts["num_rows"], left_out)
 
     def _said(self) -> str:
         return ", ".join(f"{count} {what}" for what, count in {"bad": len(self.faults), **self.counts}.items())
@@ -67,11 +70,24 @@ class Corpus:
     def check(self, on_bad_row: str) -> None:
         """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
         if self.faults and on_bad_row == "error":
-            lines = [f"{fault.file}:{fault.line}: {fault.message}" for fault in self.faults[:20]]
-            more = f"\n… and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
-            raise DataError("\n".join(lines) + more)
+            raise DataError("\n".join(listed(self.faults)))
         if not self.samples:
             raise DataError(f"of {self.num_rows} rows none is left to train on ({self._said()}).")
+
+
+def listed(faults: list[Fault], most: int = 20) -> list[str]:
+    """The first faults a line each, and how many there are of each kind where that is not all."""
+    lines = [f"{fault.file}:{fault.line}: {fault.message}" for fault in faults[:most]]
+    if len(faults) > most:
+        kinds = Counter(kind_of_fault(fault) for fault in faults)
+        lines.append(f"… and {len(faults) - most} more. In all:")
+        lines += [f"  {count:,} × {kind}" for kind, count in kinds.most_common(10)]
+    return lines
+
+
+def kind_of_fault(fault: Fault) -> str:
+    """A fault without what is its row's own: numbers, and texts in quotes."""
+    return re.sub(r"\d[\d,]*", "N", re.sub(r"(['\"]).*?\1", "…", fault.message))[:160]
 
 
 def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int) -> Iterator[Row]:
@@ -183,6 +199,7 @@ def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
         [fault for corpus in corpora for fault in corpus.faults],
         sum((corpus.counts for corpus in corpora), Counter()),
         sum(corpus.num_rows for corpus in corpora),
+        [fault for corpus in corpora for fault in corpus.left_out],
     )
 
 
