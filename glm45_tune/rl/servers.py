@@ -92,7 +92,7 @@ class Servers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.urls = [f"http://127.0.0.1:{port}"]
-        command = [part.format(model=self._model, port=port) for part in self._config.command]
+        command = [_filled(part, model=self._model, port=str(port)) for part in self._config.command]
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
         try:
             with open(self._log, "ab") as log:
@@ -305,6 +305,16 @@ class _Clients:
         if url not in self._found:
             self._found[url] = await self._stack.enter_async_context(Client(url, self._headers))
         return self._found[url]
+
+
+def _filled(part: str, **values: str) -> str:
+    """A part of a command with {model} and {port} filled in; other braces, of JSON say, stay."""
+    try:
+        return part.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        for name, value in values.items():
+            part = part.replace(f"{{{name}}}", value)
+        return part
 
 
 def _most_bytes(request: Request) -> int:

@@ -15,7 +15,7 @@ from glm45_tune.errors import ToldToStop, UserError
 from glm45_tune.objectives import EngineConfig
 from glm45_tune.rl.dialects import BadAnswer, check, read_experts
 from glm45_tune.rl.engine import Completion, Request
-from glm45_tune.rl.servers import Servers
+from glm45_tune.rl.servers import Servers, _filled
 from glm45_tune.spec import ModelSpec
 
 ASKED = Request([1, 2, 3], 4)
@@ -237,6 +237,21 @@ def test_servers_of_this_machine_are_not_asked_through_a_proxy(spec, tmp_path, m
         finally:
             ours.stop()
     assert not asked
+
+
+@pytest.mark.parametrize(
+    "part, filled",
+    [
+        ("{model}", "/a"),
+        ("--port={port}", "--port=8"),
+        ('{"method": "mtp", "of": "{model}"}', '{"method": "mtp", "of": "/a"}'),
+        ('{{"method": "mtp"}}', '{"method": "mtp"}'),
+        ("{", "{"),
+        ("{} {0} {model.x}", "{} {0} {model.x}"),
+    ],
+)
+def test_braces_of_a_command_that_are_not_ours_stay(part, filled):
+    assert _filled(part, model="/a", port="8") == filled
 
 
 def mutated(rng: random.Random, value):
