@@ -149,7 +149,7 @@ def _main() -> None:
         speak.flush()
 
     order = json.loads(lines.readline())
-    sys.path.insert(0, order["place"])  # a user's module lies where the command is typed
+    sys.path.append(order["place"])  # where the command is typed; no file there stands in for a library's
     (_tool if order.get("is_tool") else _reward)(order, say, iter(lines.readline, ""))
 
 

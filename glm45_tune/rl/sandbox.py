@@ -58,7 +58,7 @@ class Child:
         options = order.get("options", {})
         self._secrets = secrets_of(options)
         order = order | {"options": resolved(options, f"{function}: options"), "place": os.getcwd()}
-        # the working directory comes when our own imports are done: a json.py there is not Python's
+        # the working directory comes last, see child.py: a json.py there is not Python's
         others = [entry for entry in sys.path if entry and os.path.abspath(entry) != os.getcwd()]
         path = os.pathsep.join([str(Path(glm45_tune.__file__).parents[1]), *others])
         self._process = Guarded(

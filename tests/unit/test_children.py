@@ -240,8 +240,14 @@ def test_a_tool_that_hangs_dies_or_raises_is_one_sentence(place, monkeypatch):
 
 
 def test_a_module_called_as_pythons_own_in_the_working_directory_is_not_taken_for_it(place):
-    (place / "json.py").write_text("raise SystemExit(7)")
+    for name in ("json", "numpy", "math_verify", "subprocess"):
+        (place / f"{name}.py").write_text("raise SystemExit(7)")
     assert evaluate(place, ["ok"]) == [(1.0, None, "")]
+    worker = Worker(RewardConfig(function="math"), 20.0)
+    try:
+        assert worker.evaluate([""], ["$8$"], [{"solution": "8"}]) == [(1.0, None, "")]
+    finally:
+        worker.close()
 
 
 def test_a_guard_passes_the_exit_code_on_and_ends_what_is_left(tmp_path):
