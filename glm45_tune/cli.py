@@ -11,6 +11,7 @@ import typer
 
 from glm45_tune.errors import StoppedError, UserError, VerificationError
 from glm45_tune.progress import bar
+from glm45_tune.redaction import redacted_text
 from glm45_tune.sizes import human, parse, size_of
 from glm45_tune.terminal import visible
 
@@ -412,6 +413,10 @@ def evaluate(
         asking.write_scores(output, document)
 
 
+def _shown(error: Exception) -> str:
+    return visible(redacted_text(str(error)))
+
+
 def _ranks_run() -> bool:
     return bool((distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized())
 
@@ -424,11 +429,12 @@ def main() -> None:
         app()
     except (UserError, StoppedError, VerificationError) as error:
         if os.environ.get("RANK", "0") == "0":
-            _say(f"error: {error}")
+            _say(f"error: {_shown(error)}")
         elif _ranks_run():  # before that all ranks found the same, and the first one says it
-            _say(f"error on rank {os.environ['RANK']}: {error}")
+            _say(f"error on rank {os.environ['RANK']}: {_shown(error)}")
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130 and "RANK" not in os.environ:  # typer's word for Ctrl-C
-            _say("interrupted; what was saved stays, and train and convert go on from it")
+            kept = "" if sys.argv[1:2] == ["chat"] else "; what was saved stays, and train and convert go on from it"
+            _say(f"interrupted{kept}")
         raise

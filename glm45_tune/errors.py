@@ -47,6 +47,10 @@ class SaveError(StoppedError):
     """A checkpoint could not be written; says why."""
 
 
+class ToldToStop(Exception):
+    """A signal came while a step waited for a reward, a tool or a server: the step is given up, and nothing of it is trained."""
+
+
 class VerificationError(Exception):
     """Two things that must be equal are not. Says how many differ and names the first."""
 

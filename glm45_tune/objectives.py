@@ -44,7 +44,11 @@ class RewardConfig(Section):
     """exact_match, regex, math, json_schema, format, length, or module:function, a Python function of (prompt, completion, columns)."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     options: dict[str, Any] = {}
-    """Keyword arguments of the function."""
+    """Keyword arguments of the function.
+
+    A text may be or hold ${env:NAME}: that environment variable, read when the run starts and never
+    written down; so a judge gets its key.
+    """
 
     @field_validator("function")
     @classmethod
@@ -61,9 +65,17 @@ class EngineConfig(Section):
     kind: Literal["local", "vllm", "sglang"] = "local"
     """local: the training ranks themselves; vllm, sglang: servers spoken to over HTTP."""
     urls: list[str] = []
-    """Servers that run already, such as http://10.0.0.7:8000. Empty: one is started from `command`."""
+    """Servers that run already, such as http://10.0.0.7:8000.
+
+    Empty: one is started from `command`. A part may be ${env:NAME}.
+    """
     command: list[str] = []
-    """How a server of ours is started: {model} and {port} are filled in."""
+    """How a server of ours is started: {model} and {port} are filled in.
+
+    It has the environment of this command.
+    """
+    api_key: str | None = None
+    """The servers' bearer token, named by its environment variable: ${env:VLLM_API_KEY}."""
     sync: Literal["lora", "directory"] = "directory"
     """How servers get new weights: lora loads the adapter at run time; directory writes merged weights, which the server reads
 
@@ -82,8 +94,8 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _reachable(self):
-        if self.kind == "local" and (self.urls or self.command):
-            raise ValueError("engine local runs in the training ranks; leave urls and command out")
+        if self.kind == "local" and (self.urls or self.command or self.api_key):
+            raise ValueError("engine local runs in the training ranks; leave urls, command and api_key out")
         if self.kind != "local" and bool(self.urls) == bool(self.command):
             raise ValueError(f"engine {self.kind} needs either urls of running servers or a command that starts one")
         if self.kind == "vllm" and self.urls and self.sync == "directory":
@@ -114,6 +126,8 @@ class RLConfig(Section):
 
     said: the text of the answer so far, turns of tools and role tokens in it; columns: the prompt's row.
     """
+    tool_timeout_seconds: PositiveFloat = 60.0
+    """Longest time for one call of `tools`, after which the run ends with a sentence."""
     max_turns: Positive = 1
     """Assistant turns of an answer."""
     advantage: Literal["group", "centred", "leave_one_out"] = "group"

@@ -16,6 +16,7 @@ from glm45_tune.errors import RecipeError
 from glm45_tune.faults import UniqueKeys, explain, override
 from glm45_tune.layout import Layout
 from glm45_tune.objectives import PreferenceConfig, RLConfig, check_objective
+from glm45_tune.redaction import redacted, redacted_text
 from glm45_tune.section import Dtype, NotNegative, Positive, Section
 
 # the linears LoRA can sit on, megatron's name → the HF projections fused in it
@@ -391,11 +392,17 @@ class Recipe(Section):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            faults = explain(error.errors(), cls)
+            faults = [redacted_text(fault) for fault in explain(error.errors(), cls)]
             raise RecipeError(f"{where}: " + ("" if len(faults) == 1 else "\n  ") + "\n  ".join(faults)) from None
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+    def shown(self, **options) -> dict:
+        """The recipe as it may be written and shown: without its secrets. options: of model_dump."""
+        return redacted(self.model_dump(**options))
+
+    def to_yaml(self, with_secrets: bool = False) -> str:
+        """with_secrets: for another process of this run alone, in a file that nobody else reads."""
+        document = self.model_dump() if with_secrets else self.shown()
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def sources_of(sources: Sources) -> list[SourceConfig]:

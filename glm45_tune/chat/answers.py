@@ -9,6 +9,7 @@ _THOUGHT = re.compile(r"^\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 _TAGS = {"<think>": "thought", "</think>": "content", "<tool_call>": "call", "</tool_call>": "content"}
+_TAG = re.compile("|".join(_TAGS))
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,12 @@ class Splitter:
         self._kind, self._waiting = begins, ""
 
     def feed(self, piece: str) -> Iterator[tuple[str, str]]:
-        self._waiting += piece
-        while True:
-            places = [(self._waiting.find(tag), tag) for tag in _TAGS if tag in self._waiting]
-            if not places:
-                break
-            place, tag = min(places)
-            if place:
-                yield self._kind, self._waiting[:place]
-            self._kind, self._waiting = _TAGS[tag], self._waiting[place + len(tag) :]
+        text, place = self._waiting + piece, 0
+        for tag in _TAG.finditer(text):
+            if tag.start() > place:
+                yield self._kind, text[place : tag.start()]
+            self._kind, place = _TAGS[tag[0]], tag.end()
+        self._waiting = text[place:]
         # what may be the beginning of a tag waits for the rest of it
         keep = max((n for tag in _TAGS for n in range(1, len(tag)) if self._waiting.endswith(tag[:n])), default=0)
         if ready := self._waiting[: len(self._waiting) - keep]:

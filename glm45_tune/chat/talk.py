@@ -1,6 +1,8 @@
 """A conversation on the terminal, word by word: thoughts dim, calls shown and answered by the person."""
 
+import io
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +15,10 @@ from glm45_tune.chat.model import ChatModel
 from glm45_tune.chat.server import Server
 from glm45_tune.data.chat import check_tools
 from glm45_tune.errors import DataError, UserError
+from glm45_tune.terminal import is_text, visible
 
 _STYLES = {"thought": "dim", "content": "", "call": "cyan"}
+_OPENING = "Type a question. /help lists what else can be typed; an empty line or Ctrl-D ends."
 _HELP = """\
 /think, /no-think, /default   ask for thoughts, against them, or leave it to the template
 /adapter DIR, /adapter off    another adapter on the same model; of a server, the name of a model that it serves
@@ -77,23 +81,27 @@ class Remote:
         self.server.use(model or self._served or self.server.models[0])
 
     def answer(self, messages: list[dict], think: bool | None, tools: list | None, most: int, show: Callable) -> Turn:
-        turn, splitter = Turn(), Splitter()  # a server without a reasoning parser sends thoughts as content
-        for kind, text in self.server.stream([_on_the_wire(message) for message in messages], think, tools, most):
-            if kind == "call":
-                turn.calls.append(_call(text))
-                continue
-            self._take(turn, splitter.feed(text) if kind == "content" else [(kind, text)], show)
-        self._take(turn, splitter.end(), show)
-        return Turn(turn.content.strip(), turn.thought.strip(), turn.calls)
+        splitter = Splitter()  # a server without a reasoning parser sends thoughts as content
+        thoughts: list[str] = []
+        rest: list[str] = []
 
-    @staticmethod
-    def _take(turn: Turn, parts: Iterable[tuple[str, str]], show: Callable) -> None:
-        for kind, text in parts:
-            show(kind, text)
-            if kind == "thought":
-                turn.thought += text
-            else:
-                turn.content += text
+        def take(parts: Iterable[tuple[str, str]]) -> None:
+            for kind, text in parts:
+                show(kind, text)
+                (thoughts if kind == "thought" else rest).append(text)
+
+        def hear(kind: str, text: str) -> None:
+            take(splitter.feed(text) if kind == "content" else [(kind, text)])
+
+        calls = self.server.answer([_on_the_wire(message) for message in messages], think, tools, most, hear)
+        take(splitter.end())
+        return Turn("".join(rest).strip(), "".join(thoughts).strip(), [_call(call) for call in calls])
+
+
+def _read_any_bytes() -> None:
+    """Let bytes that are not UTF-8 come as halves of surrogate pairs, see `is_text`."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _on_the_wire(message: dict) -> dict:
@@ -105,17 +113,14 @@ def _on_the_wire(message: dict) -> dict:
     return message | ({"tool_calls": calls} if calls else {})
 
 
-def _call(text: str) -> dict:
-    call = json.loads(text)
+def _call(call: dict[str, str]) -> dict:
+    fault, arguments = None, {}
     try:
         arguments = json.loads(call["arguments"] or "{}")
-    except ValueError:
-        return {
-            "name": call["name"],
-            "arguments": {},
-            "fault": f"has arguments that are no JSON: {call['arguments'][:60]!r}",
-        }
-    return {"name": call["name"], "arguments": arguments, "fault": None}
+        json.dumps(arguments)  # it is shown and sent back
+    except (ValueError, RecursionError):
+        fault, arguments = f"has arguments that are no JSON: {call['arguments'][:60]!r}", {}
+    return {"name": call["name"], "arguments": arguments, "fault": fault}
 
 
 def load_tools(path: str | Path) -> list:
@@ -123,7 +128,7 @@ def load_tools(path: str | Path) -> list:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         return check_tools({"tools": found.get("tools") if isinstance(found, dict) else found}) or []
-    except (OSError, ValueError, DataError) as error:
+    except (OSError, ValueError, RecursionError, DataError) as error:
         raise UserError(f"--tools {path}: {error}. A JSON file with a list of tool definitions is expected.") from error
 
 
@@ -138,11 +143,14 @@ class Talk:
     messages: list[dict] = field(default_factory=list)
 
     def run(self, prompt: str | None) -> None:
-        plain = {"markup": False, "emoji": False}  # what a model says may look like markup
-        self._terminal, self._output = Console(stderr=True, **plain), Console(highlight=False, soft_wrap=True, **plain)
+        # what a model says may look like markup
+        self._terminal = Console(stderr=True, markup=False, emoji=False)
+        self._output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         if prompt is not None:
             self._say(prompt)
             return
+        self._terminal.print(_OPENING, style="dim", highlight=False)
+        _read_any_bytes()
         while question := self._ask("> "):
             if question.startswith("/"):
                 self._order(*question.split(maxsplit=1))
@@ -150,10 +158,16 @@ class Talk:
                 self._say(question, with_results=True)
 
     def _ask(self, sign: str) -> str:
-        try:
-            return self._terminal.input(Text(sign, "bold")).strip()
-        except EOFError:
-            return ""
+        while True:
+            try:
+                line = self._terminal.input(Text(visible(sign), "bold")).strip()
+            except EOFError:
+                return ""
+            if is_text(line):
+                return line
+            self._terminal.print(
+                "That line holds bytes that are not UTF-8, so it is left out. Type it again.", style="red"
+            )
 
     def _order(self, order: str, value: str = "") -> None:
         try:
@@ -188,7 +202,7 @@ class Talk:
             if shown and kind != shown[-1]:
                 self._output.print()
             text = text if shown and kind == shown[-1] else text.lstrip("\n")
-            self._output.print(text, end="", style=_STYLES[kind])
+            self._output.print(visible(text), end="", style=_STYLES[kind])
             if text:
                 shown.append(kind)
 
@@ -196,7 +210,8 @@ class Talk:
         self._output.print()
         for call in turn.calls:
             line = f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
-            self._output.print(line + (f"  [{call['fault']}]" if call["fault"] else ""), style=_STYLES["call"])
+            fault = f"  [{call['fault']}]" if call["fault"] else ""
+            self._output.print(visible(line + fault), style=_STYLES["call"])
         self.messages.append(turn.message())
         return turn
 
@@ -214,6 +229,8 @@ def talk(
     """Talk with a directory's model in this process, or with the one (of the name `model`) that `server` serves."""
     if prompt is not None and not prompt.strip():
         raise UserError("chat: --prompt is empty. Give it a question, or leave it out to type questions.")
+    if prompt is not None and not is_text(prompt):
+        raise UserError("chat: --prompt holds bytes that are not UTF-8. Is the terminal set to another encoding?")
     definitions = load_tools(tools) if tools else None
     if server:
         side: Local | Remote = Remote(server, str(adapter or model) if adapter or model else None)

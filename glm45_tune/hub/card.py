@@ -15,6 +15,7 @@ from glm45_tune.hub.curves import draw, read_metrics
 from glm45_tune.hub.serving import serving
 from glm45_tune.plan.models import PUBLIC
 from glm45_tune.recipe import Recipe, sources_of
+from glm45_tune.redaction import redacted_text
 from glm45_tune.spec import ModelSpec
 from glm45_tune.training.run_directory import RECIPE_FILE
 
@@ -227,13 +228,13 @@ def _template(path: str | None) -> jinja2.Template:
 
 def _without_paths(recipe: Recipe) -> str:
     """The recipe as YAML, less its defaults; of a path only the last name, since directories are nobody else's business."""
-    document = recipe.model_dump(exclude_defaults=True)
+    document = recipe.shown(exclude_defaults=True)
     document.pop("card", None)
     document["model"]["path"] = Path(recipe.model.path).name
     document["output_dir"] = Path(recipe.output_dir).name
     for key in ("train", "eval"):
-        if sources := document["data"].get(key):
-            named = [(_last_name(s.path), s.weight) for s in sources_of(sources)]
+        if sources := getattr(recipe.data, key):
+            named = [(redacted_text(_last_name(s.path)), s.weight) for s in sources_of(sources)]
             short = [name if weight == 1 else {"path": name, "weight": weight} for name, weight in named]
             document["data"][key] = short[0] if isinstance(sources, str) else short
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)

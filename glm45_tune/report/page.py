@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from glm45_tune.errors import UserError
+from glm45_tune.redaction import redacted_yaml
 
 # (title, unit, keys; one that ends with / stands for all keys that begin so)
 CHARTS = (
@@ -64,7 +65,7 @@ def write(run: str | Path, output: str | Path | None = None) -> Path:
         "FACTS": told,
         "EVALUATION": _evaluation(run / "eval.json"),
         "SAMPLES": _samples(run / "samples.jsonl"),
-        "RECIPE": html.escape((run / "recipe.yaml").read_text(encoding="utf-8")),
+        "RECIPE": html.escape(redacted_yaml((run / "recipe.yaml").read_text(encoding="utf-8"))),
         "VERSIONS": html.escape(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())),
         # a text such as </script> in a key must not end the script
         "DATA": json.dumps(document).replace("<", "\\u003c"),

@@ -4,11 +4,14 @@ Each dialect turns a wish into (path, body) and an answer's JSON into what was w
 """
 
 import base64
-import io
+import math
+import re
+from dataclasses import replace
 
 import numpy as np
 
-from glm45_tune.rl.engine import Completion, Request
+from glm45_tune.rl.engine import Completion, Finish, Request
+from glm45_tune.spec import ModelSpec
 
 
 class BadAnswer(Exception):
@@ -51,13 +54,8 @@ class Vllm:
     def completion(self, answer: dict, version: int) -> Completion:
         (choice,) = answer["choices"]
         logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-        experts = None
-        if choice.get("routed_experts"):
-            experts = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False).astype(
-                np.int16
-            )
-        finish = {"stop": "stop", "length": "length"}.get(choice["finish_reason"], "aborted")
-        return Completion(choice["token_ids"], logprobs, finish, version, experts)
+        experts = read_experts(choice["routed_experts"]) if choice.get("routed_experts") else None
+        return Completion(choice["token_ids"], logprobs, _finish(choice["finish_reason"]), version, experts)
 
     def load_adapter(self, name: str, path: str):
         return "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}
@@ -92,7 +90,7 @@ class Sglang:
 
     def completion(self, answer: dict, version: int) -> Completion:
         facts = answer["meta_info"]
-        finish = {"stop": "stop", "length": "length"}.get(facts["finish_reason"]["type"], "aborted")
+        finish = _finish(facts["finish_reason"]["type"])
         tokens = [entry[1] for entry in facts["output_token_logprobs"]]
         if "output_ids" in answer and answer["output_ids"] != tokens:
             raise BadAnswer("its token ids and its log-probabilities are of different tokens")
@@ -113,17 +111,81 @@ def _model(adapter: str | None) -> dict:
     return {"model": adapter} if adapter else {}
 
 
-def check(completion: Completion, request: Request, stop_ids: list[int]) -> None:
-    """Raise BadAnswer where an answer cannot be what the engine was asked for."""
-    count = len(completion.token_ids)
-    if count != len(completion.logprobs):
-        raise BadAnswer(f"{count} tokens came with {len(completion.logprobs)} log-probabilities")
-    if completion.finish == "length" and count != request.max_new_tokens:
-        raise BadAnswer(f"{count} tokens of {request.max_new_tokens}, though it says the limit ended them")
-    if completion.finish == "stop" and (not count or completion.token_ids[-1] not in stop_ids):
+def _finish(reason: object) -> Finish:
+    return "stop" if reason == "stop" else "length" if reason == "length" else "aborted"
+
+
+# of a NumPy file: integers, in C's order, with three axes
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][iu][1248])', 'fortran_order': False, "
+    rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), ?\} *\n",
+    re.DOTALL,
+)
+
+
+def read_experts(text: str) -> np.ndarray:
+    """The array in a NumPy file in base64, [tokens, layers, K].
+
+    NumPy's own reader takes a header for Python, and allocates first.
+    """
+    data = base64.b64decode(text, validate=True)
+    header = _HEADER.match(data[:1000])
+    if header is None:
+        raise BadAnswer(f"its experts are not a NumPy file of integers [tokens, layers, K]: {data[:80]!r}")
+    kind, shape = np.dtype(header[1].decode()), tuple(map(int, header.groups()[1:]))
+    if math.prod(shape) * kind.itemsize != len(data) - header.end():
+        raise BadAnswer(f"its experts are {len(data) - header.end()} bytes, and {kind} {shape} is said")
+    return np.frombuffer(data, kind, offset=header.end()).reshape(shape)
+
+
+def check(completion: Completion, request: Request, stop_ids: list[int], spec: ModelSpec | None = None) -> Completion:
+    """The answer, with numbers of the right types.
+
+    Raises BadAnswer where it cannot be what the engine was asked for.
+
+    spec: of the model, where it is known: what token ids and experts there are.
+    """
+    tokens, logprobs = completion.token_ids, completion.logprobs
+    if not isinstance(tokens, list) or len(tokens) != len(logprobs):
+        count = len(tokens) if isinstance(tokens, list) else "no"
+        raise BadAnswer(f"{count} tokens came with {len(logprobs)} log-probabilities")
+    most = spec.vocab_size if spec else math.inf
+    if wrong := [token for token in tokens if type(token) is not int or not 0 <= token < most]:
+        raise BadAnswer(f"{_short(wrong[0])} is not a token id; those are whole numbers from 0 to below {most}")
+    if len(tokens) > request.max_new_tokens:
+        raise BadAnswer(f"{len(tokens)} tokens came, and {request.max_new_tokens} were asked for")
+    if completion.finish == "length" and len(tokens) != request.max_new_tokens:
+        raise BadAnswer(f"{len(tokens)} tokens of {request.max_new_tokens}, though it says the limit ended them")
+    if completion.finish == "stop" and (not tokens or tokens[-1] not in stop_ids):
         raise BadAnswer("it says a stop token ended the answer, and the answer's last token is none")
-    if not all(-1000 < logprob <= 1e-4 for logprob in completion.logprobs):  # vLLM says −9999 where it has none
-        raise BadAnswer("a log-probability is above 0, below −1000 or no number")
+    # vLLM says −9999 where it has none
+    if wrong := [value for value in logprobs if type(value) not in (int, float) or not -1000 < value <= 1e-4]:
+        raise BadAnswer(f"the log-probability {_short(wrong[0])} is above 0, below −1000 or no number")
+    experts = completion.experts
+    if experts is not None and spec is not None:
+        _check_experts(experts, len(request.token_ids) + len(tokens), spec)
+    return replace(
+        completion,
+        logprobs=[float(value) for value in logprobs],
+        experts=None if experts is None else experts.astype(np.int16),
+    )
+
+
+def _check_experts(experts: np.ndarray, num_tokens: int, spec: ModelSpec) -> None:
+    """vLLM counts dense layers too."""
+    layers = (spec.num_layers - spec.num_dense_layers, spec.num_layers)
+    tokens, rows, chosen = experts.shape
+    if tokens > num_tokens or rows not in range(layers[0], layers[1] + 1) or chosen != spec.moe_router_topk:
+        raise BadAnswer(
+            f"its experts are {list(experts.shape)}; at most {num_tokens} tokens, {layers[0]} to {layers[1]} layers and "
+            f"{spec.moe_router_topk} experts are expected"
+        )
+    if experts.size and not (experts.min() >= -1 and experts.max() < spec.num_moe_experts):
+        raise BadAnswer(f"an expert is none of the {spec.num_moe_experts}")
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
 
 
 DIALECTS = {"vllm": Vllm(), "sglang": Sglang()}

@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+Finish = Literal["stop", "length", "aborted", "broken off"]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -24,6 +26,6 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish: Literal["stop", "length", "aborted", "broken off"]
+    finish: Finish
     version: int
     experts: np.ndarray | None = None

@@ -20,13 +20,18 @@ THOUGHT, THOUGHT_ENDS = "<think>", "</think>"
 _TURN = re.compile(r"<\|(?:assistant|user|observation|endoftext)\|>")
 
 
+def last_turn(said: str) -> str:
+    """What the model wrote in its last turn: of a completion, or of what a function of rl.tools is asked."""
+    return _TURN.split(said)[-1]
+
+
 def _last_turn(prompt: str, completion: str) -> tuple[str, str]:
     """What the prompt begins each assistant turn with (nothing, or marks of a thought); what the model wrote in the last.
 
     What tools said between turns is not in the completion; the tokens that ended the earlier turns are.
     """
     _, is_chat, begun = prompt.rpartition("<|assistant|>")
-    return begun if is_chat else "", _TURN.split(completion)[-1]
+    return begun if is_chat else "", last_turn(completion)
 
 
 def spoken(prompt: str, completion: str) -> str:

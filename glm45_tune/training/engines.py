@@ -17,8 +17,10 @@ from glm45_tune.errors import UserError
 from glm45_tune.mcore.generate import Writer
 from glm45_tune.mcore.live import LiveModel, LiveTensors, on_first_rank
 from glm45_tune.mcore.step import Trainer
+from glm45_tune.redaction import redacted_text
 from glm45_tune.rl.engine import Completion, Request
 from glm45_tune.rl.servers import Servers
+from glm45_tune.training import signals
 from glm45_tune.training.prepare import Job
 
 PROBES, PROBE_TOKENS = 4, 32
@@ -81,7 +83,8 @@ class ServedEngine:
             shutil.rmtree(self._home, ignore_errors=True)
             self._home.mkdir()
             stops, log = list(spec.eos_token_ids), self._home / "server.log"
-            self._servers = Servers(self._config, recipe.model.path, recipe.rl.temperature, stops, log)
+            is_told = signals.told.is_set
+            self._servers = Servers(self._config, recipe.model.path, recipe.rl.temperature, stops, log, spec, is_told)
 
     def generate(self, requests: list[Request], seed: int) -> list[Completion]:
         return on_first(lambda: self._servers.generate(requests, seed, self._version))
@@ -102,7 +105,7 @@ class ServedEngine:
                 break
             if anew or self._config.urls:
                 raise UserError(
-                    f"rl.engine {url}: gives log-probabilities {self._gap:.4f} from the trainer's on the mean of its own answers "
+                    f"rl.engine {redacted_text(url)}: gives log-probabilities {self._gap:.4f} from the trainer's on the mean of its own answers "
                     f"(rl.engine.probe_tolerance {self._config.probe_tolerance}): it serves another model or older weights, computes "
                     "otherwise, or leaves the temperature out."
                 )

@@ -13,24 +13,23 @@ class Interruption:
     """Remembers signals while it is entered. Used by all ranks together."""
 
     def __init__(self):
-        self._told = False
         self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "Interruption":
-        self._before = signals.hear(self._remember)
+        signals.told.clear()
+        self._before = signals.hear(lambda number, frame: signals.told.set())
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         signals.forget(self._before)
-        if self._told and error and is_echo(error):  # the rank that failed has spoken, and this one was to end with it
+        is_told = signals.told.is_set()
+        signals.told.clear()
+        if is_told and error and is_echo(error):  # the rank that failed has spoken, and this one was to end with it
             signal.raise_signal(signal.SIGTERM)
-
-    def _remember(self, number: int, frame) -> None:
-        self._told = True
 
     def agree(self, is_time: bool) -> tuple[bool, bool]:
         """(was any rank told to stop, is it time to save on the first rank), the same on every rank."""
-        flags = torch.tensor([self._told, is_time and dist.get_rank() == 0], dtype=torch.int32)
+        flags = torch.tensor([signals.told.is_set(), is_time and dist.get_rank() == 0], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         must_stop, is_time = flags.bool().tolist()
         return must_stop, is_time

@@ -43,8 +43,8 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
         job = prepare(recipe)
         if job.stream:
             job.stream.close()  # each rank has its own
-        resolved = Path(holder) / "recipe.yaml"
-        resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+        resolved = Path(holder) / "recipe.yaml"  # in a directory that its owner alone may enter
+        resolved.write_text(recipe.to_yaml(with_secrets=True), encoding="utf-8")
         return ranks.run(job.layout.world_size, ["train", str(resolved)])
 
 

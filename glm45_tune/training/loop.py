@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from glm45_tune.conversion import adapter
-from glm45_tune.errors import STOPPED, StoppedError
+from glm45_tune.errors import STOPPED, StoppedError, ToldToStop
 from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
@@ -83,9 +83,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     step, num_skipped = _resume(saver, method)
     nonfinite = NonFinite(job, num_skipped, writes=is_first)
     if is_first:
-        if step < job.num_steps:  # of an earlier end, which this run goes past
-            shutil.rmtree(job.run / "adapter", ignore_errors=True)
-        print("\n".join(summary.at_start(job, trainer, step)), file=sys.stderr, flush=True)
+        _say_the_start(job, trainer, step)
     samples = Samples(job, trainer) if job.recipe.kind != "rl" else None
     if samples and not step:
         watchdog.enter("writing sample texts")
@@ -97,11 +95,17 @@ def _train(job: Job, watchdog: Watchdog) -> int:
         while step < job.num_steps and not must_stop:
             watchdog.step = step
             watchdog.enter("preparing its batch")
-            values = _step(job, method, step)
+            try:
+                values = _step(job, method, step)
+            except ToldToStop:  # by all ranks together; nothing of this step was trained
+                if step != saver.saved:
+                    saver.save(_facts(step, {}, method, nonfinite))
+                break
             step += 1
             is_last = step == job.num_steps
             if is_last or _divides(job.recipe.train.eval_interval, step):
-                values |= method.evaluate()
+                with contextlib.suppress(ToldToStop):  # the step is saved without it
+                    values |= method.evaluate()
             try:
                 nonfinite.see(step, values)
             except StoppedError:  # raised by all ranks together: what is being written shall be whole
@@ -122,10 +126,11 @@ def _train(job: Job, watchdog: Watchdog) -> int:
         samples.write(step)
     method.close()
     check_saved(saver, job.run, step)
+    nonfinite.check_end(step)
     if is_first:
         line.close()
         metrics.close()
-        _say_the_end(job, step)
+        _say_the_end(job, step, nonfinite.count)
     runtime.barrier()
     return 0 if step >= job.num_steps else STOPPED
 
@@ -192,7 +197,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _say_the_end(job: Job, step: int) -> None:
+def _say_the_start(job: Job, trainer: Trainer, step: int) -> None:
+    if step < job.num_steps:  # of an earlier end, which this run goes past
+        shutil.rmtree(job.run / "adapter", ignore_errors=True)
+    print("\n".join(summary.at_start(job, trainer, step)), file=sys.stderr, flush=True)
+
+
+def _say_the_end(job: Job, step: int, num_skipped: int) -> None:
     if step < job.num_steps:
         end = f"stopped by a signal after step {step} of {job.num_steps}; the same command again goes on"
     else:
@@ -203,4 +214,5 @@ def _say_the_end(job: Job, step: int) -> None:
             adapter.write_peft(
                 checkpoint.step_directory(job.run, step), job.recipe.lora, job.source, job.run / "adapter"
             )
-    print("\n".join([end, *summary.left_out(job)]), file=sys.stderr)
+    skipped = [f"{num_skipped} of {step} steps were left out, see train/skipped_steps"] if num_skipped else []
+    print("\n".join([end, *skipped, *summary.left_out(job)]), file=sys.stderr)

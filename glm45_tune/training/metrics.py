@@ -57,7 +57,7 @@ class Metrics:
                 name=run.name,
                 id=run.name,
                 resume="allow",
-                config=recipe.model_dump(),
+                config=recipe.shown(),
             )
 
     def write(self, step: int, values: dict[str, float], expert_load: torch.Tensor | None = None) -> None:

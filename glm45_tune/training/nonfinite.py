@@ -44,6 +44,14 @@ class NonFinite:
                 f"Its batch is in {path}. Weights and checkpoints are those before; {advice}."
             )
 
+    def check_end(self, step: int) -> None:
+        """Raise StoppedError where no step of a whole run updated anything."""
+        if 0 < step <= self.count and step >= self._job.num_steps:
+            raise StoppedError(
+                f"{self._job.run}: all {step} steps were left out, so nothing was trained: the weights are those of the start. "
+                f"Their batches are in {self._job.run / 'nonfinite'}."
+            )
+
 
 def _lines(job: Job) -> Iterable[str]:
     """The last step's samples, as they were trained: which row of `Job.last_rows`, where from, text, tokens and weights."""

@@ -11,12 +11,14 @@ import torch
 from glm45_tune.data.batch import Batch, collate
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.packing import BatchPlan, pack
+from glm45_tune.errors import ToldToStop
 from glm45_tune.mcore.step import StepResult, Trainer
 from glm45_tune.rl.losses import answer_weights, divergence, importance_weights, policy_losses, sequence_ratios
 from glm45_tune.training.ahead import Ahead
 from glm45_tune.training.engines import LocalEngine, ServedEngine
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.rollout import Answer, Roller, Rollout, as_line
+from glm45_tune.training.sameness import Sameness
 from glm45_tune.training.schedule import learning_rate_of
 from glm45_tune.training.sft import common_metrics
 
@@ -33,6 +35,7 @@ class PolicyGradient:
         self._roller = Roller(job, self._engine)
         self._ahead = Ahead(job, self._engine, self._roller.prompts) if self._rl.staleness else None
         self._version = 0
+        self._sameness = Sameness()
 
     def train_step(self, step: int) -> dict[str, float]:
         job = self._job
@@ -46,6 +49,8 @@ class PolicyGradient:
         results = self._update(rollout.answers, lr if any(trains) else 0.0)
         trained = time.perf_counter()
         self._keep_samples(step, rollout.answers)
+        if torch.distributed.get_rank() == 0:
+            self._sameness.see(rollout.metrics)
         return {
             **rollout.metrics,
             **self._engine.metrics(),
@@ -61,8 +66,13 @@ class PolicyGradient:
 
     def _rollout(self, step: int) -> tuple[Rollout, float]:
         """The step's answers from the weights as they stand, and the seconds that the engine took to have them."""
-        seconds = self._synchronise()
-        return self._roller.roll(step), seconds
+        seconds, prompts = self._synchronise(), self._roller.prompts
+        before = prompts.taken, prompts.again
+        try:
+            return self._roller.roll(step), seconds
+        except ToldToStop:
+            prompts.taken, prompts.again = before
+            raise
 
     def _rollout_ahead(self, step: int) -> tuple[Rollout, float]:
         """What was written during the last step; then the engine gets the weights as they stand, and writes while this step trains."""
@@ -70,8 +80,14 @@ class PolicyGradient:
         if not ahead.is_writing:
             seconds += self._synchronise()
             ahead.start(step, self._version)
+        pending, prompts = ahead.pending, self._roller.prompts
         answers, metrics = ahead.take(self._version)
-        rollout = self._roller.roll(step, answers)
+        before = prompts.taken, [number for number in pending if number not in ahead.pending] + prompts.again
+        try:
+            rollout = self._roller.roll(step, answers)
+        except ToldToStop:
+            prompts.taken, prompts.again = before
+            raise
         rollout.metrics |= metrics
         if step + 1 < self._job.num_steps:
             seconds += self._synchronise()
@@ -112,6 +128,7 @@ class PolicyGradient:
             path.write_text("".join(kept), encoding="utf-8")
 
     def close(self) -> None:
+        self._sameness.end()
         self._roller.close()
         if self._ahead:
             self._ahead.close()

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,16 @@ from glm45_tune.errors import RecipeError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
 from glm45_tune.recipe import Recipe
+from glm45_tune.redaction import HIDDEN, references, resolved, secret_places, texts_of
 from glm45_tune.rl.rewards import check_columns, check_rewards
 from glm45_tune.rl.sandbox import check_functions
 from glm45_tune.training import run_directory
 from glm45_tune.training.metrics import check_trackers
+
+_BY_ENVIRONMENT = (
+    "Leave it out: the server has this command's environment and can read it there (vLLM: VLLM_API_KEY); "
+    "rl.engine.api_key: ${env:VLLM_API_KEY} lets us send it."
+)
 
 
 @dataclass
@@ -76,6 +83,7 @@ def world_size(recipe: Recipe) -> int:
 def prepare(recipe: Recipe) -> Job:
     """Check the recipe against the model, the ranks, the data and the output directory. Raises UserError."""
     check_trackers(recipe)
+    _check_secrets(recipe)
     layout = recipe.parallel.layout(world_size(recipe))
     source = open_model(recipe.model.path)
     if isinstance(source, HfDir):
@@ -130,6 +138,30 @@ def prepare(recipe: Recipe) -> Job:
         tokenizer,
         facts,
     )
+
+
+def _check_secrets(recipe: Recipe) -> None:
+    """Raise RecipeError where a secret cannot be used as it is given."""
+    document = recipe.model_dump()
+    is_first = os.environ.get("RANK", "0") == "0"
+    if left_out := [place for place, text in texts_of(document) if HIDDEN in text]:
+        raise RecipeError(
+            f"{left_out[0]}: holds {HIDDEN}: a secret was left out when this copy of the recipe was written. Give it again, best as "
+            "${env:NAME}."
+        )
+    for place, text in texts_of(document):
+        allowed = re.match(r"rl\.(rewards\[\d+\]\.options|engine\.(urls|api_key))", place)
+        if references(text) and place.startswith("rl.engine.command"):
+            raise RecipeError(f"{place}: {text} would be seen in the list of processes. {_BY_ENVIRONMENT}")
+        if references(text) and not allowed:
+            raise RecipeError(
+                f"{place}: {text}: an environment variable can be named in rl.rewards[].options, rl.engine.urls and "
+                "rl.engine.api_key alone."
+            )
+        if is_first and allowed:  # where it is used
+            resolved(text, place)
+    if seen := [place for place in secret_places(document) if place.startswith("rl.engine.command")]:
+        raise RecipeError(f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}")
 
 
 def _check_batch(recipe: Recipe, layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from glm45_tune.data.chat import Sample, check_messages
-from glm45_tune.data.functions import function_named
 from glm45_tune.errors import DataError, UserError
 from glm45_tune.rl.advantages import advantages, equal_groups, overlong_penalties
 from glm45_tune.rl.engine import Completion, Request
 from glm45_tune.rl.rewards import Scores, score
-from glm45_tune.rl.sandbox import Worker
+from glm45_tune.rl.sandbox import Gone, ToolWorker, Worker
+from glm45_tune.training import signals
 from glm45_tune.training.engines import Engine, on_first
 from glm45_tune.training.prepare import Job
 
@@ -109,8 +110,9 @@ class Roller:
     def __init__(self, job: Job, engine: Engine):
         self._job, self._rl, self._engine = job, job.recipe.rl, engine
         self.prompts = Prompts(job)
-        self._workers = [Worker(reward, self._rl.reward_timeout_seconds) for reward in self._rl.rewards]
-        self._tools = function_named(self._rl.tools) if self._rl.tools else None
+        is_told, rl = signals.told.is_set, self._rl
+        self._workers = [Worker(reward, rl.reward_timeout_seconds, is_told) for reward in rl.rewards]
+        self._tools = ToolWorker(rl.tools, rl.tool_timeout_seconds, is_told) if rl.tools else None
 
     def roll(self, step: int, written: list[Answer] | None = None) -> Rollout:
         """The step's answers with their rewards and advantages; `written`: its first ones, where they are written already."""
@@ -174,41 +176,49 @@ class Roller:
 
     def _hear(self, answer: Answer) -> list[int]:
         """What the tools say to an answer's last turn, as the tokens that follow it in the conversation; nothing ends it."""
-        messages = self._messages(answer)
+        messages, mark = self._messages(answer)
         if not messages:
             return []
         tokenizer = self._job.tokenizer
         thinking = answer.sample.row.get("enable_thinking", self._job.recipe.data.enable_thinking)
         options = {"tokenize": False} if thinking is None else {"tokenize": False, "enable_thinking": thinking}
         before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        start = tokenizer.apply_chat_template(before, **options)
-        whole = tokenizer.apply_chat_template(before + messages, add_generation_prompt=True, **options)
+        try:
+            start = tokenizer.apply_chat_template(before, **options)
+            whole = tokenizer.apply_chat_template(before + messages, add_generation_prompt=True, **options)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise UserError(
+                f"{self._rl.tools}: the checkpoint's template refuses {str(messages)[:200]}: {error!r}"
+            ) from error
         if not whole.startswith(start):
-            raise UserError(f"{self._rl.tools}: the template cannot render {messages} behind an answer.")
-        token_ids = tokenizer.encode(whole[len(start) :], add_special_tokens=False)
+            raise UserError(f"{self._rl.tools}: the template cannot render {str(messages)[:200]} behind an answer.")
+        token_ids = _encoded(tokenizer, whole[len(start) :], mark)
         # the model wrote the role token itself
         return token_ids[1:] if token_ids[:1] == answer.token_ids[-1:] else token_ids
 
-    def _messages(self, answer: Answer) -> list[dict]:
-        """What the tools say, checked; nothing ends the answer. Raises UserError where the function raises or gives else."""
+    def _messages(self, answer: Answer) -> tuple[list[dict], str]:
+        """What the tools say, checked, and the mark in whatever there would be a token of its own.
+
+        Nothing ends the answer. Raises UserError where the function raises or gives something else.
+        """
         name, sample = f"rl.tools {self._rl.tools}", answer.sample
         try:
-            messages = self._tools(self.text(answer, whole=True), sample.row)
-        except Exception as error:  # the user's program
-            fault = f"raised {type(error).__name__}: {error}"
+            messages = self._tools.ask(self.text(answer, whole=True), sample.row)
+        except Gone as gone:
             raise UserError(
-                f"{name}: {fault}, asked about {sample.source}:{sample.line}. Catch it, or mend it."
-            ) from error
+                f"{name}: {gone}, asked about {sample.source}:{sample.line}. Catch it, or mend it."
+            ) from gone
         wanted = 'a list of messages, such as [{"role": "tool", "content": "text"}], or None is expected'
         if not messages:
-            return []
+            return [], ""
         if not isinstance(messages, list):
             raise UserError(f"{name}: returned {type(messages).__name__} {str(messages)[:80]!r}; {wanted}.")
         try:
-            checked = check_messages({"messages": messages})
+            mark = _mark_for(messages)
+            checked = check_messages({"messages": _marked(messages, self._job.tokenizer, mark)})
         except DataError as error:
             raise UserError(f"{name}: returned what is no list of messages: {error}; {wanted}.") from None
-        return [{key: value for key, value in message.items() if key != "weight"} for message in checked]
+        return [{key: value for key, value in message.items() if key != "weight"} for message in checked], mark
 
     def text(self, answer: Answer, whole: bool = False) -> str:
         """What the model wrote (whole: and what it heard), without the token that ended it."""
@@ -274,8 +284,34 @@ class Roller:
         return values
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in [*self._workers, *([self._tools] if self._tools else [])]:
             worker.close()
+
+
+def _mark_for(messages: list) -> str:
+    """A letter of the private use area that the messages do not hold."""
+    text = json.dumps(messages, ensure_ascii=False)
+    return next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)
+
+
+def _marked(messages: list, tokenizer, mark: str) -> list:
+    """The messages with a mark inside what would be a token of its own, such as <|user|>."""
+    tokens = sorted(filter(None, tokenizer.get_added_vocab()), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+
+    def without(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda found: found[0][0] + mark + found[0][1:], value)
+        if isinstance(value, dict):
+            return {without(key): without(inner) for key, inner in value.items()}  # arguments of calls too
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return without(messages)
+
+
+def _encoded(tokenizer, text: str, mark: str) -> list[int]:
+    """Token ids; what is marked is plain text, as neither side of a mark is a token of its own."""
+    return [token for part in text.split(mark) for token in tokenizer.encode(part, add_special_tokens=False)]
 
 
 def seed_of(job: Job, step: int, attempt: int) -> int:

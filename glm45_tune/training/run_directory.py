@@ -18,6 +18,7 @@ from glm45_tune.errors import UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.recipe import Recipe, sources_of
+from glm45_tune.redaction import references, secret_places
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "glm45_tune.json"
@@ -184,6 +185,8 @@ def opened(recipe: Recipe, facts: dict) -> Iterator[None]:
     with locked(run):
         (run / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (run / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        if references(document := recipe.model_dump()) or secret_places(document):
+            (run / RECIPE_FILE).chmod(0o600)  # no secret is in it; where they are kept is nobody else's business
         yield
 
 

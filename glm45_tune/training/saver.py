@@ -28,6 +28,8 @@ class Saver:
         self._bug: Exception | None = None
         self._last_time = time.monotonic()
         self._best = min(_evaluated(job.run).values(), default=float("inf"))
+        self.saved = 0
+        """The step of the last checkpoint that was loaded, or begun to be written."""
         self.failure: str | None = None
         """Why the last save failed; None where it did not."""
 
@@ -41,7 +43,9 @@ class Saver:
             if fault is None:
                 self._say([*said, f"going on from {directory}"] if said else [])
                 checkpoint.restore(self._trainer, directory)
-                return checkpoint.saved_facts(directory)
+                facts = checkpoint.saved_facts(directory)
+                self.saved = facts["step"]
+                return facts
             said.append(f"{directory} is not used: {fault}.")
         self._say([*said, "no checkpoint is whole: the run begins anew"] if said else [])
         return {"step": 0}
@@ -65,6 +69,7 @@ class Saver:
         """Take a snapshot of the trainer and begin to write it. facts: `step`, `eval_loss` where known, and what resume needs."""
         self.wait()
         self._snapshot.take(self._trainer)
+        self.saved = facts["step"]
         self._last_time = time.monotonic()
         self._best = min(self._best, facts.get("eval_loss", self._best))
         self._thread = threading.Thread(target=self._write, args=(facts,), daemon=True)

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+told = threading.Event()
+"""Set while a run that was told to stop has not ended yet, see `interruption.py`."""
 
 
 def hear(handler: Callable) -> dict:

@@ -7,6 +7,7 @@ from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.plan.memory import GIB
+from glm45_tune.redaction import secret_places
 from glm45_tune.training.card import hardware
 from glm45_tune.training.prepare import Job
 
@@ -25,6 +26,7 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"data      {_data_line(job)}",
         *left_out(job),
         *_one_label(job),
+        *_literal_secrets(job),
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"
         + ("" if job.stream else f", {job.plan.steps_per_epoch} an epoch"),
         f"update    lr {recipe.optimizer.lr:g}, {recipe.optimizer.warmup_ratio:.0%} warm-up, clipped at {recipe.optimizer.clip_grad:g}",
@@ -90,6 +92,16 @@ def _one_label(job: Job) -> list[str]:
     return [
         f"warning   all {len(job.train.samples)} answers have the label {str(label).lower()}: kto weighs desirable against "
         "undesirable ones, and of one sort alone it learns little. Is the field label what was meant?"
+    ]
+
+
+def _literal_secrets(job: Job) -> list[str]:
+    """A warning where the recipe holds a key that it could name."""
+    if not (places := secret_places(job.recipe.model_dump())):
+        return []
+    return [
+        f"warning   {', '.join(places)}: looks like a secret. The run's recipe.yaml, card, report and trackers have it as "
+        "***. Keep it out of the recipe too: write ${env:NAME}, and export NAME."
     ]
 
 

@@ -145,6 +145,13 @@ def test_evaluations_of_this_step_are_in_the_card_and_what_was_said_is_not(lora_
     assert "ab" * 32 in card and "SECRET" not in card and "older" not in card
 
 
+def test_a_source_with_a_weight_stands_in_the_card_by_its_last_name(lora_run, tmp_path, copy_of):
+    run = copy_of(lora_run, data={"train": [{"path": "/data/a.jsonl", "weight": 2.0}, "/data/b.jsonl"]})
+    export(run, tmp_path / "adapter", adapter_only=True)
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "- path: a.jsonl\n    weight: 2.0\n  - b.jsonl" in card and "/data" not in card
+
+
 def test_curves_show_every_metric_that_came():
     metrics = [
         {"step": n, "train/loss": 5 / n, "train/grad_norm": 1.0, "train/learning_rate": 0.0} for n in range(1, 2000)
