@@ -52,6 +52,7 @@ TRIES = 6
 CONNECT_SECONDS, READ_SECONDS = 5.0, 120.0
 """How long a hub may take for a connection, and for each part of an answer."""
 _SILENT_SECONDS = 1.5
+_FIRST_ANSWER_SECONDS = 45.0
 
 Say = Callable[[str], None]
 """Hears a line for a person who waits."""
@@ -60,7 +61,8 @@ Say = Callable[[str], None]
 class Patience:
     """Calls again, waiting twice as long each time, while what fails is the connection or the hub's machine.
 
-    Nonsense is asked for twice again: it may be a page about a failure, by something between us and the hub. Who waits is told.
+    Nonsense is asked for twice again: it may be a page about a failure, by something between us and the hub. Who waits is
+    told. A hub that has not answered at all is given up sooner.
     """
 
     def __init__(self, title: str, say: Say):
@@ -69,14 +71,15 @@ class Patience:
         self._said_at = -math.inf
 
     def __call__[Result](self, call: Callable[[], Result]) -> Result:
-        attempt = 0
+        attempt, started = 0, time.monotonic()
         while True:
             attempt += 1
             try:
                 return self._once(call)
             except Fault as fault:
                 tries = {BROKEN: TRIES, NONSENSE: 3}.get(fault.kind, 1)
-                if attempt >= tries:
+                is_late = not self._answered and time.monotonic() - started > _FIRST_ANSWER_SECONDS
+                if attempt >= tries or is_late:
                     raise
                 self._tell(fault, attempt, tries)
             time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))

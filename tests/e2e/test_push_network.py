@@ -163,6 +163,26 @@ def test_who_waits_for_the_first_answer_is_told():
     assert Patience("the hub", say)(lambda: told.wait(20)) and said == ["waiting for an answer of the hub …"]
 
 
+def test_a_hub_that_never_answered_is_given_up_sooner(monkeypatch):
+    """A first call that takes 40 s each time is made twice; one behind an answer, six times."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for answered, calls in ((False, 2), (True, 6)):
+        patiently, made = Patience("the hub", lambda text: None), []
+        if answered:
+            patiently(lambda: True)
+
+        def slow(made=made):
+            made.append(1)
+            now[0] += 40
+            raise Fault(BROKEN)
+
+        with pytest.raises(Fault):
+            patiently(slow)
+        assert len(made) == calls
+
+
 def test_retries_of_many_threads_are_few_lines(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     said = []
