@@ -10,6 +10,7 @@ from glm45_tune.conversion.outdir import MARKER, read_marker
 from glm45_tune.errors import UserError
 from glm45_tune.foreign import read_json, short
 from glm45_tune.hub.hub import LocalFile
+from glm45_tune.quoting import path_argument
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _EXPECTED = (
@@ -53,7 +54,8 @@ def contents_of(directory: Path) -> Contents:
         raise UserError(f"{directory}: is being written, or was left unfinished. Export it again.")
     marker = read_marker(directory) or {}
     if marker.get("kind") == "run":
-        raise UserError(f"{directory}: is a run, not a model. `glm45-tune export {directory} --output DIR` first.")
+        run = path_argument(str(directory))
+        raise UserError(f"{directory}: is a run, not a model. `glm45-tune export {run} --output DIR` first.")
     _check_sizes(directory, marker)
     found = Contents()
     try:
@@ -110,7 +112,8 @@ def _check_model(directory: Path, found: Contents) -> None:
         raise UserError(f"{directory}: is not a model: {_EXPECTED}.{why}")
     read_json(directory / ("config.json" if has_weights else _ADAPTER[0]))
     if INDEX in names:
-        named = read_json(directory / INDEX).get("weight_map")
+        index = read_json(directory / INDEX)
+        named = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(named, dict) or not named:
             raise UserError(f"{directory / INDEX}: has no weight_map, so it is not an index of weights.")
         if missing := sorted({str(name) for name in named.values()} - names):

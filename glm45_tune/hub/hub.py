@@ -111,6 +111,20 @@ def origin(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, (parts.hostname or "").lower(), parts.port or {"https": 443, "http": 80}.get(parts.scheme)
 
 
+def checked_endpoint(url: str) -> str:
+    """A hub's address, without a slash at its end. Raises UserError where it is not one."""
+    try:
+        scheme, host, _ = origin(url)
+    except ValueError:
+        scheme = host = ""
+    if scheme not in ("http", "https") or not host:
+        raise UserError(
+            f"The hub's address {without_login(url)} cannot be used: http://HOST or https://HOST is expected in HF_ENDPOINT or "
+            "MODELSCOPE_ENDPOINT."
+        )
+    return url.rstrip("/")
+
+
 def needs_socks(install: str) -> UserError:
     """What a SOCKS proxy means where the package for it is not there."""
     return UserError(

@@ -27,6 +27,7 @@ from glm45_tune.hub.hub import (
     Patience,
     RemoteFile,
     Say,
+    checked_endpoint,
     kind_of_status,
     needs_socks,
     origin,
@@ -44,7 +45,7 @@ class HuggingFace:
     login = "Set HF_TOKEN, or log in with `hf auth login`."
 
     def __init__(self, repo: str, revision: str, say: Say):
-        endpoint = os.environ.get("HF_ENDPOINT", _HOME).rstrip("/")
+        endpoint = checked_endpoint(os.environ.get("HF_ENDPOINT") or _HOME)
         self.repo, self.revision, self.token = repo, revision, get_token()
         self.url = f"{without_login(endpoint)}/{repo}"
         self.patiently = Patience(self.title, say)

@@ -13,6 +13,7 @@ import requests
 from modelscope_hub import HubApi
 from modelscope_hub.config import HubConfig
 from modelscope_hub.constants import (
+    DEFAULT_ENDPOINT,
     MODEL_LFS_SUFFIX,
     UPLOAD_INLINE_METADATA_PATHS,
     UPLOAD_LFS_FORCE_THRESHOLD_BYTES,
@@ -27,7 +28,7 @@ from modelscope_hub.errors import (
     QuotaExceededError,
     RateLimitError,
 )
-from requests.adapters import HTTPAdapter
+from requests.adapters import BaseAdapter, HTTPAdapter
 from urllib3.util import Retry
 
 from glm45_tune.hub.hub import (
@@ -46,6 +47,7 @@ from glm45_tune.hub.hub import (
     Patience,
     RemoteFile,
     Say,
+    checked_endpoint,
     kind_of_status,
     needs_socks,
     origin,
@@ -75,17 +77,18 @@ class ModelScope:
         logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # what fails is said once, by us
         config = HubConfig()
         self.repo, self.revision, self.token = repo, revision, config.token
-        self.url = f"{without_login(config.endpoint)}/models/{repo}"
+        endpoint = checked_endpoint(config.endpoint or DEFAULT_ENDPOINT)
+        self.url = f"{without_login(endpoint)}/models/{repo}"
         self.patiently = Patience(self.title, say)
-        _check_proxy(config.endpoint)
+        _check_proxy(endpoint)
         self._api = HubApi(config)
         self._wire = self._api.legacy  # the client's own requests: its upload_folder tries a dead hub again for hours
-        self._home = _homes(config.endpoint)
+        self._home = _homes(endpoint)
         self._api.openapi._max_retries = 1  # we try again ourselves, and say so
         for client in (self._api.openapi, self._wire):
             for session in (client._session, client._read_session):
-                for prefix, adapter in list(session.adapters.items()):
-                    session.mount(prefix, _AtHome(adapter, self._home))
+                for prefix in ("https://", "http://"):
+                    session.mount(prefix, _AtHome(session.get_adapter(prefix), self._home))
         self._exists = False
 
     def visibility(self) -> str | None:
@@ -220,13 +223,14 @@ class _AtHome(HTTPAdapter):
     Every request passes here, those that follow a redirect too.
     """
 
-    def __init__(self, inner: HTTPAdapter, home: set[tuple]):
+    def __init__(self, inner: BaseAdapter, home: set[tuple]):
         super().__init__()
         self._inner, self._home = inner, home
-        inner.max_retries = Retry(0, read=False)  # a status comes back as the answer it is
+        if isinstance(inner, HTTPAdapter):
+            inner.max_retries = Retry(0, read=False)  # a status comes back as the answer it is
 
     def send(self, request, stream=False, timeout=None, verify=True, cert=None, proxies=None):
-        if origin(request.url) not in self._home:
+        if origin(request.url or "") not in self._home:
             for name in ("Authorization", "Cookie"):
                 request.headers.pop(name, None)
         timeout = (CONNECT_SECONDS, READ_SECONDS) if timeout is None or isinstance(timeout, tuple) else timeout

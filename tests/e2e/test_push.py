@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hubs import CUT, TOKEN, HuggingFaceHub, LoopbackHub, ModelScopeHub
 
 from glm45_tune.hub.contents import is_loaded
+from glm45_tune.hub.hub import LocalFile
+from glm45_tune.hub.modelscope import _batches, _Removed
 
 KINDS = {
     "hf": (HuggingFaceHub, "HF_ENDPOINT", "HF_TOKEN"),
@@ -468,3 +470,12 @@ def test_what_cannot_be_read_or_named_is_one_sentence(hub, tmp_path, cli, monkey
     monkeypatch.setattr("builtins.open", denied)
     code, _, err = cli("push", directory, "--to", hub.to)
     assert code == 2 and "model.safetensors" in err and "Permission denied" in err and "Traceback" not in err
+
+
+def test_of_several_commits_the_first_ones_remove(tmp_path):
+    """ModelScope limits a commit: no order leaves parts of two models side by side."""
+    files = [LocalFile(f"{number}.txt", tmp_path / "x") for number in range(300)]
+    (tmp_path / "x").write_text("x", encoding="utf-8")
+    batches = list(_batches([*map(_Removed, map(str, range(300))), *files]))
+    kinds = ["".join("r" if isinstance(entry, _Removed) else "f" for entry in batch) for batch in batches]
+    assert "".join(kinds) == "r" * 300 + "f" * 300 and max(map(len, kinds)) == 256

@@ -209,6 +209,16 @@ def test_a_socks_proxy_is_one_sentence(hub, tmp_path, cli, monkeypatch, scheme):
     assert "pip install" in err or scheme == "socks4"
 
 
+@pytest.mark.parametrize(
+    "address", ["my.mirror", "ftp://a", "http://", "http://a:b", "https://me:PASSWORD@a:99999999", "file:///etc"]
+)
+def test_an_endpoint_that_is_not_an_address_is_one_sentence(hub, tmp_path, cli, monkeypatch, address):
+    for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.setenv(name, address)
+    code, _, err = cli("push", a_directory(tmp_path / "model", 1, seed=9), "--to", hub.to)
+    assert code == 2 and len(sentences(err)) == 1 and "PASSWORD" not in err and "Traceback" not in err, err
+
+
 def reset_session() -> None:
     """Hugging Face's client keeps one for the process; its proxies are those of when it began."""
     from huggingface_hub import close_session
