@@ -12,6 +12,7 @@ import typer
 from glm45_tune.errors import StoppedError, UserError, VerificationError
 from glm45_tune.progress import bar
 from glm45_tune.sizes import human, parse, size_of
+from glm45_tune.terminal import visible
 
 app = typer.Typer(
     help="Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs.",
@@ -55,7 +56,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from glm45_tune.data.formats import canonical
 from glm45_tune.data.sources import name_of, read_source
 from glm45_tune.errors import DataError, UserError
 from glm45_tune.recipe import DataConfig
+from glm45_tune.terminal import visible
 
 BATCH = 64
 _LONGEST = 1 << 20
@@ -203,7 +204,7 @@ def show(scores: list[dict]) -> None:
     console.print(table)
     for score in scores:
         row = score["rows"][0]
-        line = Text(f"{score['model']}: {row['question']} → ")
-        line.append(f"({row['thought']}) " if row["thought"] else "", "dim")
-        line.append(row["said"] or "".join(f"{call['name']}(…)" for call in row["calls"]) or "(nothing)")
+        line = Text(visible(f"{score['model']}: {row['question']} → "))
+        line.append(visible(f"({row['thought']}) ") if row["thought"] else "", "dim")
+        line.append(visible(row["said"] or "".join(f"{call['name']}(…)" for call in row["calls"]) or "(nothing)"))
         console.print(line)

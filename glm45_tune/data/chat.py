@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from glm45_tune.data.formats import canonical, field_of
-from glm45_tune.data.length import Tokens, fit
+from glm45_tune.data.fields import THOUGHTS, call_arguments, read_message, read_tool
+from glm45_tune.data.formats import ALIASES, canonical, field_of, unused_fields
+from glm45_tune.data.length import Fitted, Tokens, fit, why_left_out
+from glm45_tune.data.thoughts import check_tags, split_thought
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import DataConfig
 
@@ -52,6 +54,8 @@ class Rendering:
 
     samples: list[Sample]
     counts: Counter
+    left_out: list[str]
+    """Why conversations of the row are not among the samples, a sentence each."""
 
 
 def load_tokenizer(directory: str | Path):
@@ -118,7 +122,15 @@ class ChatRenderer:
     def render(self, row: dict, source: str, line: int) -> Rendering:
         """Raises DataError naming `source` and `line` when the row cannot be rendered or would train nothing."""
         try:
-            tokens, counts = self._tokens(canonical(row, self.options.format, self.kind))
+            made = canonical(row, self.options.format, self.kind)
+            unused = unused_fields(row, made, self.options.format, self.kind)
+            fitted = self._tokens(made)
+            counts = fitted.counts
+            counts.update(f"rows with the unused field {name}" for name in unused)
+            if any(map(_is_empty, made.get("messages", ()))):
+                counts["rows with an empty answer, of which the end alone is trained"] += 1
+            if self.options.turns == "last" and _asks_for_earlier(made.get("messages", ())):
+                counts["rows that ask for an earlier turn, which turns: last leaves out"] += 1
             kept = self._kept(row)
         except DataError as error:
             field = error.field and field_of(row, error.field)
@@ -127,7 +139,8 @@ class ChatRenderer:
             )
             located.field = field
             raise located from None
-        return Rendering([Sample(piece.ids, piece.mask, source, line, kept) for piece in tokens], counts)
+        samples = [Sample(piece.ids, piece.mask, source, line, kept) for piece in fitted.pieces]
+        return Rendering(samples, counts, fitted.left_out)
 
     def _kept(self, row: dict) -> dict | None:
         """What a sample keeps of its row besides tokens."""
@@ -136,8 +149,8 @@ class ChatRenderer:
             raise DataError(f"is {channel!r}; a name is expected, under which the row's loss is said", "channel")
         return {"channel": channel} if channel else None
 
-    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
-        """What becomes of a row in canonical form, each piece within data.seq_length, and what was cut, by reason."""
+    def _tokens(self, row: dict) -> Fitted:
+        """What becomes of a row in canonical form."""
         found = [self._document(row["text"])] if "text" in row else self._conversations(row)
         return self._fitted(found)
 
@@ -148,9 +161,9 @@ class ChatRenderer:
                 "data.overlong what should become of it"
             )
 
-    def _fitted(self, found: list[Tokens]) -> tuple[list[Tokens], Counter]:
+    def _fitted(self, found: list[Tokens]) -> Fitted:
         limit, policy = self.options.seq_length, self.options.overlong
-        kept, counts = [], Counter()
+        kept, counts, left_out = [], Counter(), []
         for tokens in found:
             self._check_length(len(tokens.ids))
             pieces = fit(tokens, limit, policy)
@@ -160,10 +173,14 @@ class ChatRenderer:
                     {"drop": "dropped", "truncate": "truncated", "split": "split"}[policy] if pieces else "dropped"
                 ] += 1
                 counts["pieces that would train nothing"] += len(pieces) - len(trained)
+                if not pieces:
+                    left_out.append(why_left_out(len(tokens.ids), tokens.head, limit, policy))
+                elif not trained:
+                    left_out.append(f"left out: nothing of what fits into {limit:,} tokens would be trained")
             elif not trained:
                 raise DataError("nothing in this row would be trained: no assistant message in it says anything")
             kept += trained
-        return kept, +counts
+        return Fitted(kept, +counts, left_out)
 
     def _document(self, text: str) -> Tokens:
         """Plain text as GLM was pre-trained on it: behind [gMASK]<sop>, ended by <|endoftext|>, all of it trained."""
@@ -175,7 +192,7 @@ class ChatRenderer:
 
     def _conversations(self, row: dict) -> list[Tokens]:
         """The row's conversation; with `turns: expand` one for each assistant turn, ending with it."""
-        messages, tools, thinking = check_messages(row), check_tools(row), self._thinking(row)
+        messages, tools, thinking = self._checked(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.options.turns == "all":
             return [self._conversation(messages, tools, thinking, set(answers))]
@@ -185,6 +202,26 @@ class ChatRenderer:
         return [self._conversation(messages[: n + 1], tools, thinking, {n}) for n in trained] or [
             self._conversation(messages, tools, thinking, set())
         ]
+
+    def _checked(self, row: dict, field: str = "messages") -> tuple[list[dict], list | None, bool | None]:
+        """A row's messages, tools and `enable_thinking`, which fit together. Raises DataError."""
+        messages, tools, thinking = check_messages(row, field), check_tools(row), self._thinking(row)
+        names = {tool["function"]["name"] for tool in tools or ()}
+        last_user = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        for number, message in enumerate(messages):
+            if thinking is False and number > last_user and (message.get("reasoning_content") or "").strip():
+                raise DataError(
+                    "is a thought, and enable_thinking is false: the model would learn to think where it is told not to. "
+                    "Leave one of them out",
+                    f"{field}[{number}].reasoning_content",
+                )
+            for place, call in enumerate(message.get("tool_calls", ())):
+                if tools and call["function"]["name"] not in names:
+                    raise DataError(
+                        f"is {call['function']['name']!r}; the row's tools are {', '.join(sorted(names))}",
+                        f"{field}[{number}].tool_calls[{place}].function.name",
+                    )
+        return messages, tools, thinking
 
     def _thinking(self, row: dict) -> bool | None:
         thinking = row.get("enable_thinking", self.options.enable_thinking)
@@ -246,7 +283,9 @@ class ChatRenderer:
         self, messages: list[dict], tools: list | None, thinking: bool | None, trained: set[int]
     ) -> Tokens:
         """trained: which messages' weights count."""
-        ids, last, follows = self._ids(self._templated(messages, tools, thinking)), messages[-1], None
+        text = self._templated(messages, tools, thinking)
+        self._check_nothing_is_lost(text, messages)
+        ids, last, follows = self._ids(text), messages[-1], None
         if last["role"] == "assistant":  # what the engine would stop at; it follows, so it is learned
             follows = "tool" if last.get("tool_calls") else "user"
             ids.append(self._role_ids[follows])
@@ -255,12 +294,27 @@ class ChatRenderer:
         for number, start, end in zip(owners, starts, [*starts[1:], len(ids)]):
             if number in trained:
                 self._weigh(ids, mask, start + 1, end, messages[number]["weight"], thinking)
+                # the model stops behind a call at <|observation|>: no other token that follows one is its end
+                if messages[number].get("tool_calls") and end < len(ids) and self._kinds[ids[end]] != "tool":
+                    mask[end] = 0
         users = [start for start, role in zip(starts, roles) if role == "user"]
         head = (
             users[0] if users and "assistant" not in roles[: roles.index("user")] else starts[0] if starts else len(ids)
         )
         turns = [start for start in users if start >= head] or [head]
         return Tokens(np.array(ids, np.int32), mask, head, turns)
+
+    def _check_nothing_is_lost(self, text: str, messages: list[dict]) -> None:
+        """Raise DataError where a message's text is not in what the template makes of the conversation, once for each."""
+        place = 0
+        for number, message in enumerate(messages):
+            said = message["content"].strip()
+            found = text.find(said, place)
+            if found < 0:
+                raise DataError(
+                    "is not in what the chat template makes of it: a part would be lost", f"messages[{number}].content"
+                )
+            place = found + len(said)
 
     def _weigh(
         self, ids: list[int], mask: np.ndarray, first: int, end: int, weight: float, thinking: bool | None
@@ -273,6 +327,18 @@ class ChatRenderer:
             first += len(self._given)
         ends_turn = end < len(ids) and self._kinds[ids[end]] in ("user", "tool")
         mask[first : end + ends_turn] = weight
+
+
+def _is_empty(message: dict) -> bool:
+    """Whether an assistant's message that is trained says nothing, thinks nothing and calls nothing."""
+    says = message.get("content") or any(message.get(name) for name in ("tool_calls", *THOUGHTS, "function_call"))
+    return message["role"] == "assistant" and not says and message.get("loss") is not False
+
+
+def _asks_for_earlier(messages: list) -> bool:
+    """Whether a turn before the last one says `loss: true`."""
+    turns = [message for message in messages if message["role"] == "assistant"]
+    return any(message.get("loss") is True or message.get("train") is True for message in turns[:-1])
 
 
 def _has_history_thoughts(messages: list[dict]) -> bool:
@@ -289,13 +355,19 @@ def check_messages(row: dict, field: str = "messages") -> list[dict]:
     return [_check_message(message, f"{field}[{number}]") for number, message in enumerate(messages)]
 
 
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)[:80]
+
+
 def _check_message(message: object, where: str) -> dict:
     if not isinstance(message, dict):
         raise DataError(f"is {type(message).__name__}; an object with role and content is expected", where)
+    message = read_message(message, where)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLE_TOKENS:
         raise DataError(
-            f"is {json.dumps(role, ensure_ascii=False)}; allowed: {', '.join(ROLE_TOKENS)}", f"{where}.role"
+            f"is {_json(role)}; allowed: {', '.join(ROLE_TOKENS)}, or as other tools say {', '.join(ALIASES)}",
+            f"{where}.role",
         )
     if content is None:
         if role != "assistant":
@@ -313,11 +385,14 @@ def _check_message(message: object, where: str) -> dict:
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str):
         raise DataError(f"is {type(content).__name__}; allowed: a string, text parts or null", f"{where}.content")
-    checked = {"role": role, "content": content, "weight": _weight(message, role, where)}
     reasoning = message.get("reasoning_content")
+    if reasoning is not None and (role != "assistant" or not isinstance(reasoning, str)):
+        raise DataError("must be a string, on an assistant message", f"{where}.reasoning_content")
+    if role == "assistant":
+        content, reasoning = split_thought(content, reasoning, where)
+    check_tags(role, content, f"{where}.content")
+    checked = {"role": role, "content": content, "weight": _weight(message, role, where)}
     if reasoning is not None:
-        if role != "assistant" or not isinstance(reasoning, str):
-            raise DataError("must be a string, on an assistant message", f"{where}.reasoning_content")
         checked["reasoning_content"] = reasoning
     if calls := message.get("tool_calls"):
         if role != "assistant" or not isinstance(calls, list):
@@ -342,7 +417,7 @@ def _check_call(call: object, where: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError('is no {"function": {"name", "arguments"}}', where)
-    arguments = function.get("arguments", {})
+    arguments = call_arguments(function)
     if isinstance(arguments, str):  # OpenAI's wire form; the template iterates an object
         try:
             arguments = json.loads(arguments)
@@ -361,6 +436,6 @@ def check_tools(row: dict) -> list | None:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise DataError(f"is not JSON: {error}", "tools") from None
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools and not isinstance(tools, list):
         raise DataError("must be a list of objects", "tools")
-    return tools or None
+    return [read_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools or [])] or None

@@ -4,7 +4,8 @@ import csv
 import gzip
 import io
 import json
-import sys
+import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,24 +22,54 @@ _PACKED = (".gz", ".zst")
 _JSON = ("messages", "conversations", "history", "tools", "rejected_messages")
 _ANSWERS = ("prompt", "completion", "output", "response", "chosen", "rejected")
 _SWITCHES = ("label", "enable_thinking")
-csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
+_MOST_EXPANDED = 100  # times its size is what a packed .json or .txt may unpack to
+
+
+def most_row_bytes() -> int:
+    """The longest line or cell that is read: a damaged or hostile file could hold one that fills the memory."""
+    return int(float(os.environ.get("GLM45_TUNE_MAX_ROW_MIB", 32)) * 2**20)
+
+
+# what lies in a folder of data and holds no rows
+_NOT_ROWS = re.compile(
+    r"(licen[cs]e|copying|notice|readme|requirements|changelog|citation)\b.*|"
+    r"(dataset_infos?|dataset_dict|state|config|package|package-lock|tokenizer.*|special_tokens_map|generation_config)\.json",
+    re.IGNORECASE,
+)
 
 
 def files_of(source: str) -> list[Path]:
-    """The files a source names: itself, or all known ones of a folder, sorted. Raises DataError."""
+    """The files a source names: itself, or those of a folder that hold rows, sorted (see `left_out_of`). Raises DataError."""
     path = Path(source)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in _SUFFIXES)
-        if not found:
-            raise DataError(f"{path}: no {', '.join(_SUFFIXES)} files in this folder.")
+        if not (found := _in_folder(path)[0]):
+            raise DataError(f"{path}: no {', '.join(_SUFFIXES)} files of rows in this folder.")
         return found
     if not path.is_file():
-        raise DataError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}.")
+        raise DataError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}.")
     if _kind(path) not in _SUFFIXES:
         raise DataError(
             f"{path}: unknown kind of file; allowed: {', '.join(_SUFFIXES)}, also with {' or '.join(_PACKED)}."
         )
     return [path]
+
+
+def left_out_of(source: str) -> list[Path]:
+    """Files of a folder that are not read as rows: hidden ones, what tools keep there, and plain text beside other kinds."""
+    path = Path(source)
+    return _in_folder(path)[1] if path.is_dir() else []
+
+
+def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder that hold rows, and those beside them."""
+    rows, beside = [], []
+    for file in sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in _SUFFIXES):
+        is_hidden = any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
+        (beside if is_hidden or _NOT_ROWS.fullmatch(file.name) else rows).append(file)
+    if any(_kind(file) != ".txt" for file in rows):  # a text beside rows is a note about them
+        beside += [file for file in rows if _kind(file) == ".txt"]
+        rows = [file for file in rows if _kind(file) != ".txt"]
+    return rows, sorted(beside)
 
 
 def _kind(path: Path) -> str:
@@ -74,7 +105,8 @@ class _Zst(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._made:
-            self._packed = self._packed or self._file.read(1 << 14)
+            # so little of a hostile file unpacks to 32 MiB at most
+            self._packed = self._packed or self._file.read(1 << 10)
             if not self._packed:
                 if self._frame:
                     raise EOFError("Compressed file ended before the end-of-stream marker was reached")
@@ -131,7 +163,21 @@ def _open(path: Path, read: Callable[[int], object]):
         file = io.BufferedReader(_Zst(file), 1 << 17)
     if _kind(path) in (".jsonl", ".parquet"):
         return file
+    if path.suffix in _PACKED and _kind(path) != ".csv":
+        file = io.BytesIO(_unpacked(file, _MOST_EXPANDED * path.stat().st_size + most_row_bytes()))
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if _kind(path) == ".csv" else None)
+
+
+def _unpacked(file: io.BufferedIOBase, most: int) -> bytes:
+    """All that a packed file holds. Raises DataError where it is so much more than its size that it was made to be."""
+    found = bytearray()
+    while piece := file.read(1 << 20):
+        found += piece
+        if len(found) > most:
+            raise DataError(
+                f"it unpacks to more than {most:,} bytes, far beyond its size. Unpack it yourself if that is right"
+            )
+    return bytes(found)
 
 
 def as_row(value: object) -> dict | DataError:
@@ -139,8 +185,19 @@ def as_row(value: object) -> dict | DataError:
     return value if isinstance(value, dict) else DataError(f"holds {type(value).__name__}; an object is expected")
 
 
+def _lines(file) -> Iterator:
+    """The lines of a file. Raises DataError where one is longer than a row may be."""
+    most = most_row_bytes()
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise DataError(
+                f"its next line is longer than {most / 2**20:g} MiB. Raise GLM45_TUNE_MAX_ROW_MIB if that is right"
+            )
+        yield line
+
+
 def _jsonl(file, behind: int) -> Iterator:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if number > behind and line.strip():
             try:
                 yield number, as_row(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
@@ -167,7 +224,14 @@ def _json(file) -> Iterator:
 
 
 def _csv(file) -> Iterator:
-    reader = csv.DictReader(file)
+    before = csv.field_size_limit(most_row_bytes())  # it is of the whole process, and ends with this file
+    try:
+        yield from _csv_rows(csv.DictReader(_lines(file)))
+    finally:
+        csv.field_size_limit(before)
+
+
+def _csv_rows(reader: csv.DictReader) -> Iterator:
     names = reader.fieldnames or []
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise DataError(f"its header has the column {twice[0]!r} more than once; every column needs a name of its own")
@@ -209,11 +273,18 @@ def _parquet(file) -> Iterator:
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
         for row in batch.to_pylist():
             number += 1
-            yield number, without_nulls(row)
+            yield number, without_made_up(row)
 
 
-def without_nulls(value):
-    """Arrow gives every struct all fields of its type; a null one was not in the row."""
+def without_made_up(row: dict) -> dict:
+    """A row of a columnar file: Arrow gives every struct all fields of its type, and a null one was not in the row.
+
+    A column that is null in a row, and a null in a list, are the row's own.
+    """
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value):
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """The shapes in which people keep conversations, each turned into messages, or into plain text.
 
 One answer to learn:
-messages         {"messages": [{"role", "content", "reasoning_content", "tool_calls", "loss", "loss_scale"}], "tools"}
+messages         {"messages": [{"role", "content", "reasoning_content", "tool_calls", "loss", "loss_scale"}], "tools", "system"}
 sharegpt         {"conversations": [{"from", "value"}], "system", "tools"}
 alpaca           {"instruction", "input", "output", "system", "history"}
 prompt           {"prompt", "completion"}, text or messages each
@@ -23,6 +23,7 @@ rl               {"prompt"}, text or messages; or, where the format is named, "m
 import json
 import re
 
+from glm45_tune.data.fields import ROW_ALIASES, renamed, unused_of_messages, unused_of_row
 from glm45_tune.errors import DataError
 
 # a format is recognised by the fields that only it has: any of them, the first format that has one
@@ -40,8 +41,18 @@ FORMATS = {
 PROMPT_FIELDS = ("prompt", "messages", "conversations", "query", "instruction")
 # what a row is for, by its format; every other format is "sft": an answer to learn
 KINDS = {"preference": "preference", "rl": "rl"}
-_ALIASES = {
+# what of a row becomes part of a conversation, by the field that holds its question
+_USED = {
+    "messages": ("messages", "system"),
+    "conversations": ("conversations", "system"),
+    "instruction": ("instruction", "input", "system", "history"),
+    "prompt": ("prompt", "system", "history"),
+    "query": ("query", "system", "history"),
+}
+_ANSWER_FIELDS = {"alpaca": "output", "prompt": "completion", "query": "response"}
+ALIASES = {
     "human": "user",
+    "developer": "system",
     "gpt": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
@@ -57,16 +68,16 @@ def field_of(row: dict, field: str) -> str:
     found, form = re.match(r"messages\[(\d+)\](.*)", field), format_of(row)
     if not found or form not in ("messages", "sharegpt"):
         return field
-    name, key, number, rest = "messages", "role", int(found[1]), found[2]
+    name, key, number, rest = "messages", "role", int(found[1]) - bool(row.get("system")), found[2]
     if form == "sharegpt":
-        name, key, number = "conversations", "from", number - bool(row.get("system"))
+        name, key = "conversations", "from"
         rest = {".role": ".from", ".content": ".value"}.get(rest, rest)
     places, before = [], None
     for place, turn in enumerate(row[name] if isinstance(row[name], list) else []):
         role = turn.get(key) if isinstance(turn, dict) else None
         if not (role in _CALLS and before == "assistant"):  # such a call became part of the turn before it
             places.append(place)
-            before = _ALIASES.get(role, role) if isinstance(role, str) else None
+            before = ALIASES.get(role, role) if isinstance(role, str) else None
     if number >= len(places):
         return field  # the messages are another field's: the recipe names a format
     return "system" if number < 0 else f"{name}[{places[number]}]{rest}"
@@ -85,16 +96,7 @@ def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
     kind "preference" gives {"messages", "rejected_messages"}, two whole conversations; "rl" messages that await an answer;
     "labelled" {"messages", "label"}, the label as it is in the row.
     """
-    if None in row.values():  # merged sets have every column in every row
-        given = {key: value for key, value in row.items() if value is not None}
-        row = given if format_of(given) else row
-    form = form or format_of(row)
-    if form is None:
-        fields = dict.fromkeys(field for fields in FORMATS.values() for field in fields)
-        raise DataError(
-            f"no known format: the row has {', '.join(map(repr, row)) or 'no fields'}; a row needs one of "
-            f"{', '.join(map(repr, fields))}"
-        )
+    row, form = _recognised(row, form)
     is_labelled = kind == "labelled"
     if KINDS.get(form, "sft") != ("sft" if is_labelled else kind) or (is_labelled and form == "text"):
         raise DataError(_OTHER_KIND[kind, KINDS.get(form, "sft")])
@@ -109,6 +111,49 @@ def canonical(row: dict, form: str | None = None, kind: str = "sft") -> dict:
         chosen, rejected = _both(row)
         return {"messages": chosen, "rejected_messages": rejected, **kept}
     return {"messages": _front(row) if form == "rl" else _READERS[form](row), **kept}
+
+
+def unused_fields(row: dict, made: dict, form: str | None = None, kind: str = "sft") -> list[str]:
+    """What of a row, and of the messages `made` of it by `canonical`, nothing reads, by name. Raises DataError, see `fields.py`.
+
+    The columns of an RL prompt are for its rewards, which read what they like.
+    """
+    messages = unused_of_messages([*made.get("messages", ()), *made.get("rejected_messages", ())])
+    if kind == "rl":
+        return messages
+    row, form = _recognised(row, form)
+    return unused_of_row(row, (*_used(row, form), *(["label"] if kind == "labelled" else []))) + messages
+
+
+def _recognised(row: dict, form: str | None) -> tuple[dict, str]:
+    """The row under our names, without columns that are null in it, and its format."""
+    if None in row.values():  # merged sets have every column in every row
+        given = {key: value for key, value in row.items() if value is not None}
+        row = given if format_of(given) else row
+    row = renamed(row, ROW_ALIASES)
+    form = form or format_of(row)
+    if form is None:
+        fields = dict.fromkeys(field for fields in FORMATS.values() for field in fields)
+        raise DataError(
+            f"no known format: the row has {', '.join(map(repr, row)) or 'no fields'}; a row needs one of "
+            f"{', '.join(map(repr, fields))}"
+        )
+    return row, form
+
+
+def _used(row: dict, form: str) -> tuple[str, ...]:
+    """The fields of a row of this form that are read."""
+    if form == "text":
+        return ("text",)
+    front = next((name for name in PROMPT_FIELDS if name in row), None)
+    if form != "preference":
+        front = {"sharegpt": "conversations", "alpaca": "instruction"}.get(form, form)
+        return (*_USED[front], *([_ANSWER_FIELDS[form]] if form in _ANSWER_FIELDS else []))
+    if "rejected" in row or "chosen" in row:
+        return ("chosen", "rejected", *(_USED[front] if front else ()))
+    base = format_of({key: value for key, value in row.items() if not key.startswith("rejected_")})
+    rejected = "rejected_messages" if "rejected_messages" in row else "rejected_response"
+    return (rejected, *(_used(row, base) if base in _READERS else ()))
 
 
 # (what is wanted, what came)
@@ -152,7 +197,10 @@ def _list(row: dict, key: str) -> list:
 
 
 def _messages(row: dict) -> list:
-    return _known(_list(row, "messages"))
+    messages, system = _known(_list(row, "messages")), _system(row)
+    if system and any(_role(message) == "system" for message in messages):
+        raise DataError("is given beside a system message; give one of them", "system")
+    return system + messages
 
 
 def _known(messages: list) -> list:
@@ -162,17 +210,28 @@ def _known(messages: list) -> list:
         is_call = _role(message) in _CALLS
         message = _with_known_role(message)
         if is_call and made and _role(made[-1]) == "assistant":
+            _check_one_weight(made[-1], message)
             made[-1] = {**made[-1], "tool_calls": [*(made[-1].get("tool_calls") or []), *message["tool_calls"]]}
         else:
             made.append(message)
     return made
 
 
+def _check_one_weight(turn: dict, call: dict) -> None:
+    """A call joins the turn before it, which has one weight."""
+    for name in ("loss", "loss_scale", "weight", "train"):
+        if name in call and call[name] != turn.get(name):
+            raise DataError(
+                f"is {call[name]!r}, and the turn that the call belongs to says {turn.get(name)!r}: a turn has one weight",
+                f"{name} of a call",
+            )
+
+
 def _with_known_role(message: object) -> object:
     """Aliases of roles; a `function_call` or `tool_call` message holds the call as JSON text."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in _ALIASES:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in ALIASES:
         return message
-    changed = {**message, "role": _ALIASES[message["role"]]}
+    changed = {**message, "role": ALIASES[message["role"]]}
     if message["role"] in _CALLS:
         try:
             calls = json.loads(message.get("content") or "")
@@ -191,7 +250,10 @@ def _system(row: dict) -> list[dict]:
 
 def _sharegpt(row: dict) -> list:
     turns = enumerate(_list(row, "conversations"))
-    return _system(row) + _known([_turn(turn, f"conversations[{number}]") for number, turn in turns])
+    messages = _known([_turn(turn, f"conversations[{number}]") for number, turn in turns])
+    if (system := _system(row)) and any(_role(message) == "system" for message in messages):
+        raise DataError("is given beside a system message; give one of them", "system")
+    return system + messages
 
 
 def _is_turn(value: object) -> bool:

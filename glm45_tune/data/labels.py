@@ -1,10 +1,9 @@
 """Rows of one answer and what was thought of it, {"label": true | false}: what KTO learns from where there are no pairs."""
 
-from collections import Counter
 from collections.abc import Sequence
 
-from glm45_tune.data.chat import ChatRenderer, Sample, check_messages, check_tools
-from glm45_tune.data.length import Tokens
+from glm45_tune.data.chat import ChatRenderer, Sample
+from glm45_tune.data.length import Fitted
 from glm45_tune.errors import DataError
 
 
@@ -16,17 +15,17 @@ class LabelledRenderer(ChatRenderer):
 
     kind = "labelled"
 
-    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
+    def _tokens(self, row: dict) -> Fitted:
         label = row.get("label")
         if not isinstance(label, bool):
             came = "missing" if label is None else repr(label)[:40]
             raise DataError(f"is {came}; kto wants true (a desirable answer) or false (an undesirable one)", "label")
         if self.options.overlong == "split":
             raise DataError("a labelled answer cannot be split: data.overlong is to be error, drop or truncate")
-        messages = check_messages(row)
+        messages, tools, thinking = self._checked(row)
         last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
         answers = {n for n, message in enumerate(messages) if n > last and message["role"] == "assistant"}
-        return self._fitted([self._conversation(messages, check_tools(row), self._thinking(row), answers)])
+        return self._fitted([self._conversation(messages, tools, thinking, answers)])
 
     def _kept(self, row: dict) -> dict:
         return {"label": row["label"]}

@@ -1,6 +1,7 @@
 """What becomes of a sample that is longer than a row."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +17,22 @@ class Tokens:
     mask: np.ndarray
     head: int
     turns: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What became of a row's conversations: pieces within a row of training, counts by reason, and why some are left out."""
+
+    pieces: list[Tokens]
+    counts: Counter
+    left_out: list[str] = field(default_factory=list)
+
+
+def why_left_out(length: int, head: int, limit: int, policy: str) -> str:
+    """Why `fit` gave no piece of a conversation."""
+    if policy != "drop" and head >= limit:
+        return f"left out: its tools and system message alone take {head:,} tokens, and a row has room for {limit:,}"
+    return f"left out: {length:,} tokens, and a row has room for {limit:,}"
 
 
 def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:

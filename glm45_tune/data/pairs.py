@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm45_tune.data.chat import ChatRenderer, Sample, check_messages, check_tools
-from glm45_tune.data.length import Tokens, cut
+from glm45_tune.data.chat import ChatRenderer, Sample
+from glm45_tune.data.length import Fitted, Tokens, cut, why_left_out
 from glm45_tune.errors import DataError
 
 
@@ -56,16 +56,16 @@ class PairRenderer(ChatRenderer):
 
     kind, per_row = "preference", 2
 
-    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
+    def _tokens(self, row: dict) -> Fitted:
         if self.options.overlong == "split":
             raise DataError("a pair cannot be split: data.overlong is to be error, drop or truncate")
-        sides = [check_messages(row), check_messages(row, "rejected_messages")]
+        (chosen, tools, thinking), (rejected, _, _) = self._checked(row), self._checked(row, "rejected_messages")
+        sides = [chosen, rejected]
         # what of it may be trained in other rows does not matter: what both share is not trained at all
         said = ([{**message, "weight": None} for message in messages] for messages in sides)
         shared = next((n for n, (a, b) in enumerate(zip(*said)) if a != b), min(map(len, sides)))
         if not shared:
             raise DataError("chosen and rejected share no beginning: they are to be answers to one prompt")
-        tools, thinking = check_tools(row), self._thinking(row)
         both = []
         for name, messages in zip(("chosen", "rejected"), sides):
             answers = {n for n in range(shared, len(messages)) if messages[n]["role"] == "assistant"}
@@ -79,7 +79,7 @@ class PairRenderer(ChatRenderer):
             )
         return self._cut_alike(*both)
 
-    def _cut_alike(self, chosen: Tokens, rejected: Tokens) -> tuple[list[Tokens], Counter]:
+    def _cut_alike(self, chosen: Tokens, rejected: Tokens) -> Fitted:
         """Both within data.seq_length together: the same oldest turns left out of both, then each cut at its end."""
         limit, longest = self.options.seq_length // 2, max(len(chosen.ids), len(rejected.ids))
         if longest > limit and self.options.overlong == "error":
@@ -88,13 +88,15 @@ class PairRenderer(ChatRenderer):
                 "a row holds both of a pair. Raise it, shorten the row, or say with data.overlong what should become of it"
             )
         if longest <= limit:
-            return [chosen, rejected], Counter()
+            return Fitted([chosen, rejected], Counter())
         if self.options.overlong == "drop" or chosen.head >= limit:
-            return [], Counter(dropped=1)
+            why = why_left_out(longest, chosen.head, limit, self.options.overlong)
+            return Fitted([], Counter(dropped=1), [why])
         shared = [start for start in chosen.turns if start in rejected.turns]
         fitting = [start for start in shared if chosen.head + longest - start <= limit]
         first = fitting[0] if fitting else max(shared, default=chosen.head)
         pieces = [cut(side, first, min(len(side.ids), first + limit - side.head)) for side in (chosen, rejected)]
         if all(piece.mask.any() for piece in pieces):
-            return pieces, Counter(truncated=1)
-        return [], Counter({"dropped": 1, "pieces that would train nothing": 1})
+            return Fitted(pieces, Counter(truncated=1))
+        why = f"left out: of one answer nothing fits into {limit:,} tokens, half of a row"
+        return Fitted([], Counter({"dropped": 1, "pieces that would train nothing": 1}), [why])

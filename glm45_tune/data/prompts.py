@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 
-from glm45_tune.data.chat import ChatRenderer, check_messages, check_tools
-from glm45_tune.data.length import Tokens, cut
+from glm45_tune.data.chat import ChatRenderer
+from glm45_tune.data.length import Fitted, Tokens, cut, why_left_out
 from glm45_tune.errors import DataError
 
 
@@ -17,8 +17,8 @@ class PromptRenderer(ChatRenderer):
 
     kind = "rl"
 
-    def _tokens(self, row: dict) -> tuple[list[Tokens], Counter]:
-        messages, tools, thinking = check_messages(row), check_tools(row), self._thinking(row)
+    def _tokens(self, row: dict) -> Fitted:
+        messages, tools, thinking = self._checked(row)
         if messages[-1]["role"] == "assistant":
             raise DataError(
                 "is the assistant's; a prompt ends on what is to be answered. Keep a wanted answer in a field of its own",
@@ -36,14 +36,14 @@ class PromptRenderer(ChatRenderer):
         users = [start for start, role in zip(starts, roles) if role == "user"] or starts[:1]
         whole = Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.float32), users[0], users)
         if len(ids) <= longest:
-            return [whole], Counter()
+            return Fitted([whole], Counter())
         if self.options.overlong == "split":
             raise DataError("a prompt cannot be split: data.overlong is to be error, drop or truncate")
         # only whole turns may be left out: a prompt without its end asks for nothing
         fitting = [start for start in users if users[0] + len(ids) - start <= longest]
         if self.options.overlong == "drop" or not fitting:
-            return [], Counter(dropped=1)
-        return [cut(whole, fitting[0], len(ids))], Counter(truncated=1)
+            return Fitted([], Counter(dropped=1), [why_left_out(len(ids), users[0], longest, self.options.overlong)])
+        return Fitted([cut(whole, fitting[0], len(ids))], Counter(truncated=1))
 
     def _kept(self, row: dict) -> dict:
         return row

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import asdict
 
 import numpy as np
 from rich.console import Console
@@ -11,12 +12,14 @@ from rich.text import Text
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
 from glm45_tune.data.packing import BatchPlan
-from glm45_tune.data.sources import RENDERERS, Corpus, hold_out, kind_for, kind_of, load, rows_of
+from glm45_tune.data.sources import RENDERERS, Corpus, hold_out, kind_for, kind_of, listed, load, rows_of
 from glm45_tune.data.stream import Stream
 from glm45_tune.errors import DataError
 from glm45_tune.recipe import Recipe
+from glm45_tune.terminal import visible
 
 TRAINED, CONTEXT, SPECIAL = "black on green", "dim", "bold"
+BRACKETS = "⟦", "⟧"  # around what is trained, where there are no colours
 _EDGES = [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
@@ -121,16 +124,15 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
             }
             for sample, more in _first(corpus, summary["kind"], show)
         ],
-        "errors": [
-            {"file": fault.file, "line": fault.line, "field": fault.field, "message": fault.message}
-            for fault in corpus.faults
-        ],
+        "errors": [asdict(fault) for fault in corpus.faults],
+        "left_out": [asdict(fault) for fault in corpus.left_out],
     }
 
 
 def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
     """The person's view of the same."""
     console = Console(markup=False, emoji=False)  # rows and names of files may hold what looks like markup
+    has_colour = console.color_system is not None and not console.no_color
     table = Table(show_header=False, box=None, pad_edge=False)
     lengths = summary["lengths"]
     shown = {key: value for key, value in summary.items() if key != "lengths"}
@@ -140,7 +142,9 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
             if isinstance(value, str)
             else f"{value:.1%}"
             if key.endswith(("_share", "_ratio"))
-            else f"{value:,.10g}"
+            else f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:,.1f}"
         )
         table.add_row(key.replace("_", " "), said)
     console.print(table)
@@ -149,20 +153,25 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
         console.print(f"{span + ' tokens':>22s} {'█' * max(1, round(40 * number / most))} {number:,}", highlight=False)
     for sample, more in _first(corpus, summary["kind"], count):
         side = f" {more['answer']}" if "answer" in more else ""
-        title = Text.assemble((f"\n{sample.source}:{sample.line}{side}", "bold"), "  ")
+        title = Text.assemble((f"\n{visible(sample.source)}:{sample.line}{side}", "bold"), "  ")
         if summary["kind"] != "rl":
-            title.append_text(Text.assemble("(", ("trained", TRAINED), ", ", ("context", CONTEXT), ")"))
+            opens, closes = ("", "") if has_colour else BRACKETS
+            title.append_text(Text.assemble("(", (f"{opens}trained{closes}", TRAINED), ", ", ("context", CONTEXT), ")"))
         console.print(title)
-        console.print(coloured(sample, tokenizer))
+        console.print(coloured(sample, tokenizer, has_colour))
         if summary["kind"] == "rl":
             columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
-            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False)
-    for fault in corpus.faults:
-        console.print(Text.assemble((f"{fault.file}:{fault.line}:", "red"), f" {fault.message}"))
+            console.print(visible(f"kept for the reward: {columns or 'nothing'}"), highlight=False)
+    for line in (*listed(corpus.left_out), *listed(corpus.faults)):
+        console.print(Text(visible(line), "red" if corpus.faults else ""))
 
 
-def coloured(sample: Sample, tokenizer) -> Text:
-    """The sample's text, run by run: what is trained stands out (with its weight where that is not 1), line ends are visible."""
+def coloured(sample: Sample, tokenizer, with_colour: bool = True) -> Text:
+    """The sample's text, run by run: what is trained stands out (with its weight where that is not 1), line ends are visible.
+
+    with_colour: False puts what is trained in brackets, as a file or a terminal without colours shows no other sign.
+    """
+    opens, closes = ("", "") if with_colour else BRACKETS
     text, special = Text(), set(tokenizer.added_tokens_decoder)
     ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
     first = 0
@@ -175,7 +184,8 @@ def coloured(sample: Sample, tokenizer) -> Text:
             continue
         style = TRAINED if mask[first] else CONTEXT
         style += f" {SPECIAL}" if ids[first] in special else ""
-        text.append(tokenizer.decode(ids[first:position]).replace("\n", "⏎\n"), style)
+        said = visible(tokenizer.decode(ids[first:position])).replace("\n", "⏎\n")
+        text.append(f"{opens}{said}{closes}" if mask[first] else said, style)
         if mask[first] not in (0.0, 1.0):
             text.append(f"×{mask[first]:g}", "yellow")
         first = position

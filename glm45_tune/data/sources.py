@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from glm45_tune.data.chat import ChatRenderer, Sample
-from glm45_tune.data.files import as_row, files_of, read_rows, without_nulls
+from glm45_tune.data.files import as_row, files_of, left_out_of, read_rows, without_made_up
 from glm45_tune.data.formats import KINDS, format_of
 from glm45_tune.data.functions import function_named
 from glm45_tune.data.labels import LabelledRenderer
 from glm45_tune.data.packing import Rows, pack
 from glm45_tune.data.pairs import PairRenderer
 from glm45_tune.data.prompts import PromptRenderer
-from glm45_tune.data.store import Origins, Row, key_of, locked, render_once, store, stored
+from glm45_tune.data.store import MOST_LEFT_OUT, Origins, Row, key_of, locked, render_once, store, stored
 from glm45_tune.errors import DataError
 from glm45_tune.progress import bar
 from glm45_tune.recipe import DataConfig, Recipe, SourceConfig, Sources, sources_of
@@ -45,6 +45,8 @@ class Corpus:
     faults: list[Fault] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     num_rows: int = 0
+    left_out: list[Fault] = field(default_factory=list)
+    """Rows, or conversations of them, that are too long and so not among the samples; of many the first."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,19 +61,37 @@ class Corpus:
     @classmethod
     def of(cls, samples: Sequence[Sample], facts: dict) -> "Corpus":
         """Samples with what `store` and `render_once` say about them."""
-        return cls(samples, [Fault(*fault) for fault in facts["faults"]], Counter(facts["counts"]), facts["num_rows"])
+        faults, left_out = ([Fault(*fault) for fault in facts[name]] for name in ("faults", "left_out"))
+        return cls(samples, faults, Counter(facts["counts"]), facts["num_rows"], left_out)
 
     def _said(self) -> str:
         return ", ".join(f"{count} {what}" for what, count in {"bad": len(self.faults), **self.counts}.items())
 
-    def check(self, on_bad_row: str) -> None:
-        """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped."""
+    def check(self, on_bad_row: str, name: str = "data.train") -> None:
+        """Raise DataError listing the bad rows (the first 20 in full) unless they are to be skipped, or where none is left."""
         if self.faults and on_bad_row == "error":
-            lines = [f"{fault.file}:{fault.line}: {fault.message}" for fault in self.faults[:20]]
-            more = f"\n… and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
-            raise DataError("\n".join(lines) + more)
+            raise DataError("\n".join(listed(self.faults)))
         if not self.samples:
-            raise DataError(f"of {self.num_rows} rows none is left to train on ({self._said()}).")
+            raise DataError(
+                f"{name} holds no rows."
+                if not self.num_rows
+                else f"{name}: of {self.num_rows} rows none is left ({self._said()})."
+            )
+
+
+def listed(faults: list[Fault], most: int = 20) -> list[str]:
+    """The first faults a line each, and how many there are of each kind where that is not all."""
+    lines = [f"{fault.file}:{fault.line}: {fault.message}" for fault in faults[:most]]
+    if len(faults) > most:
+        kinds = Counter(kind_of_fault(fault) for fault in faults)
+        lines.append(f"… and {len(faults) - most} more. In all:")
+        lines += [f"  {count:,} × {kind}" for kind, count in kinds.most_common(10)]
+    return lines
+
+
+def kind_of_fault(fault: Fault) -> str:
+    """A fault without what is its row's own: numbers, and texts in quotes."""
+    return re.sub(r"\d[\d,]*", "N", re.sub(r"(['\"]).*?\1", "…", fault.message))[:160]
 
 
 def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int) -> Iterator[Row]:
@@ -85,11 +105,14 @@ def read_source(source: str, seed: int = 0, read: Callable[[int], object] = int)
     count = source.rpartition("#")[2]
     if not int(count):
         raise DataError(f"{source}: asks for 0 rows of {name}; #N takes N of them, at least 1.")
-    everything = list(_rows_of(name, read))
-    if int(count) > len(everything):
-        raise DataError(f"{source}: asks for {count} rows of {len(everything)}.")
-    chosen = sorted(random.Random(seed).sample(range(len(everything)), int(count)))
-    return iter([everything[index] for index in chosen])
+    # files are read twice, the first time to count; what a hub or a function yields may differ then and is held
+    again = Path(name).exists()
+    everything = [] if again else list(_rows_of(name, read))
+    total = sum(1 for _ in _rows_of(name, int)) if again else len(everything)
+    if int(count) > total:
+        raise DataError(f"{source}: asks for {count} rows of {total}.")
+    chosen = set(random.Random(seed).sample(range(total), int(count)))
+    return (row for index, row in enumerate(_rows_of(name, read) if again else everything) if index in chosen)
 
 
 def _rows_of(source: str, read: Callable[[int], object]) -> Iterator[Row]:
@@ -113,7 +136,7 @@ def numbered(source: str, rows: Iterable) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
-            yield source, number, as_row(without_nulls(row))
+            yield source, number, as_row(row)
     except (Exception, SystemExit) as error:  # the user's program, or a hub's client
         raise DataError(f"{source}:{number + 1}: this row cannot be had: {error!r}. Mend what yields it.") from error
 
@@ -131,7 +154,8 @@ def _hub(source: str, streaming: bool) -> Iterable:
         raise DataError(f"{source}: needs {error.name}: pip install {error.name}.") from None
     try:
         name = _fetched(name) if hub == "ms" else name
-        return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        return map(without_made_up, rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}") from error
 
@@ -182,6 +206,7 @@ def load(sources: Sources, renderer: ChatRenderer, seed: int = 0) -> Corpus:
         [fault for corpus in corpora for fault in corpus.faults],
         sum((corpus.counts for corpus in corpora), Counter()),
         sum(corpus.num_rows for corpus in corpora),
+        [fault for corpus in corpora for fault in corpus.left_out],
     )
 
 
@@ -204,7 +229,12 @@ def _load_one(source: SourceConfig, renderer: ChatRenderer, seed: int) -> Corpus
             samples, facts = render_once(_counted(read_source(source.path, seed), done), renderer)
     if source.weight != 1:
         samples = Chosen(samples, _weighted(len(samples), source.weight, seed, renderer.per_row))
-    return Corpus.of(samples, facts)
+    corpus = Corpus.of(samples, facts)
+    if others := left_out_of(name):
+        corpus.counts["files of a folder left out, which hold no rows"] = len(others)
+        why = "left out: hidden, or not a file of rows"
+        corpus.left_out += [Fault(str(file), 1, None, why) for file in others[:MOST_LEFT_OUT]]
+    return corpus
 
 
 def _counted(rows: Iterable[Row], done: Callable[[int], object]) -> Iterator[Row]:
@@ -322,7 +352,7 @@ def load_data(options: DataConfig, tokenizer, seed: int = 0, kind: str = "sft") 
     train.check(options.on_bad_row)
     if options.eval:
         held = load(options.eval, renderer, seed)
-        held.check(options.on_bad_row)
+        held.check(options.on_bad_row, "data.eval")
         return train, held
     return train, hold_out(train, options, seed)
 

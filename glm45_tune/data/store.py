@@ -38,6 +38,7 @@ _SCHEMA = pa.schema(
 CHUNK = 1000  # rows a worker renders at a time
 # below this many bytes of sources, starting workers takes longer than rendering
 WORTH_WORKERS = 8 << 20
+MOST_LEFT_OUT = 1000  # are listed; all are counted
 
 Row = tuple[str, int, "dict | DataError"]
 # (file, line, field, message) of each bad row
@@ -45,8 +46,17 @@ Faults = list[tuple[str, int, str | None, str]]
 
 
 def cache_directory() -> Path:
-    """GLM45_TUNE_CACHE, or ~/.cache/glm45_tune."""
-    return Path(os.environ.get("GLM45_TUNE_CACHE", Path.home() / ".cache" / "glm45_tune")) / "data"
+    """GLM45_TUNE_CACHE, or glm45_tune in XDG_CACHE_HOME, or ~/.cache/glm45_tune."""
+    own = os.environ.get("GLM45_TUNE_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(own or Path(home) / "glm45_tune") / "data"
+
+
+def _no_cache(error: OSError) -> DataError:
+    return DataError(
+        f"{cache_directory()}: rendered data cannot be kept there ({error.strerror or error}). Make room, or name another directory "
+        "in the environment variable GLM45_TUNE_CACHE."
+    )
 
 
 class StoredSamples(Sequence):
@@ -110,18 +120,21 @@ class Origins:
 
 def key_of(files: list[Path], options: DataConfig, tokenizer, more: str) -> str:
     """Changes with the bytes of the files, the tokenizer, its template, and every option that shapes a sample."""
-    digest = hashlib.sha256(f"7 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
+    digest = hashlib.sha256(f"8 {options.model_dump_json(exclude={'train', 'eval'})} {more}".encode())
     digest.update((tokenizer.chat_template or "").encode() + tokenizer.backend_tokenizer.to_str().encode())
     for file in files:
         digest.update(f"{file}\0".encode())
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        try:
+            with open(file, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
 
 
-def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_bytes: int) -> tuple[Faults, Counter, int]:
-    """Render rows into an Arrow file at `path`, in order. Returns bad rows, counts by reason, and the number of rows."""
-    faults, counts, keys, num_rows = [], Counter(), [], 0
+def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_bytes: int) -> dict:
+    """Render rows into an Arrow file at `path`, in order. Returns its facts: bad rows, those left out, counts, number of rows."""
+    faults, left_out, counts, keys, num_rows = [], [], Counter(), [], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     source = iter(rows)
     chunks = iter(lambda: list(islice(source, CHUNK)), [])
@@ -130,12 +143,13 @@ def render_all(rows: Iterable[Row], renderer: ChatRenderer, path: Path, num_byte
         for made in rendered(chunks, renderer, workers):
             writer.write_batch(made.batch)
             faults += made.faults
+            left_out += made.left_out[: MOST_LEFT_OUT - len(left_out)]
             counts += made.counts
             keys.append(made.keys)
             num_rows += made.num_rows
     every = np.concatenate(keys) if keys else np.empty(0)
     counts["duplicates"] = len(every) - len(np.unique(every))
-    return faults, +counts, num_rows
+    return {"faults": faults, "left_out": left_out, "counts": +counts, "num_rows": num_rows}
 
 
 @dataclass
@@ -144,6 +158,7 @@ class Made:
 
     batch: pa.RecordBatch
     faults: Faults
+    left_out: Faults
     counts: Counter
     keys: np.ndarray
     num_rows: int
@@ -193,7 +208,7 @@ def _in_worker(chunk: list[Row]) -> Made:
 
 
 def _render_chunk(chunk: list[Row], renderer: ChatRenderer) -> Made:
-    samples, faults, counts, keys = [], [], Counter(), []
+    samples, faults, left_out, counts, keys = [], [], [], Counter(), []
     for file, line, row in chunk:
         try:
             if isinstance(row, DataError):
@@ -204,12 +219,13 @@ def _render_chunk(chunk: list[Row], renderer: ChatRenderer) -> Made:
             continue
         samples += rendering.samples
         counts += rendering.counts
+        left_out += [(file, line, None, why) for why in rendering.left_out]
         digest = hashlib.blake2b(digest_size=8)
         for sample in rendering.samples:
             digest.update(sample.input_ids.tobytes())
         if rendering.samples:
             keys.append(digest.digest())
-    return Made(_batch(samples), faults, counts, np.frombuffer(b"".join(keys), np.uint64), len(chunk))
+    return Made(_batch(samples), faults, left_out, counts, np.frombuffer(b"".join(keys), np.uint64), len(chunk))
 
 
 def _batch(samples: list[Sample]) -> pa.RecordBatch:
@@ -233,8 +249,12 @@ def _batch(samples: list[Sample]) -> pa.RecordBatch:
 @contextlib.contextmanager
 def locked(key: str):
     """One process at a time renders what `key` stands for; the others wait and find it done."""
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    with open(cache_directory() / f"{key}.lock", "w") as handle:
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        handle = open(cache_directory() / f"{key}.lock", "w")
+    except OSError as error:
+        raise _no_cache(error) from error
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -253,10 +273,12 @@ def store(key: str, rows: Iterable[Row], renderer: ChatRenderer, num_bytes: int)
     path = cache_directory() / f"{key}.arrow"
     staging = path.with_suffix(".partial")
     try:
-        faults, counts, num_rows = render_all(rows, renderer, staging, num_bytes)
+        facts = render_all(rows, renderer, staging, num_bytes)
         staging.replace(path)
-        staging.write_text(json.dumps({"faults": faults, "counts": counts, "num_rows": num_rows}), "utf-8")
+        staging.write_text(json.dumps(facts), "utf-8")
         staging.replace(path.with_suffix(".json"))
+    except OSError as error:
+        raise _no_cache(error) from error
     finally:
         staging.unlink(missing_ok=True)
 
@@ -265,6 +287,5 @@ def render_once(rows: Iterable[Row], renderer: ChatRenderer) -> tuple[StoredSamp
     """Samples of this process alone, of what has no content to be known by: on disk under no name."""
     with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
         path = Path(holder) / "rows.arrow"
-        faults, counts, num_rows = render_all(rows, renderer, path, 0)
-        # the memory map outlives the file's name
-        return StoredSamples.of_file(path), {"faults": faults, "counts": counts, "num_rows": num_rows}
+        facts = render_all(rows, renderer, path, 0)
+        return StoredSamples.of_file(path), facts  # the memory map outlives the file's name

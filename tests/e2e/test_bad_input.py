@@ -62,7 +62,7 @@ FAULTS = {
     "freeze of nothing": (_set(train={"freeze": ["embeddings"]}), ["train.freeze: 'embeddings' names no weight"]),
     "freeze of everything": (_set(train={"freeze": ["*"]}), ["leave no weight to train"]),
     "learning rate of 0": (_set(optimizer={"lr": 0}), ["optimizer.lr", "greater than 0", "0"]),
-    "no rows": (_set(data={"train": "EMPTY"}), ["none is left to train on"]),
+    "no rows": (_set(data={"train": "EMPTY"}), ["data.train holds no rows"]),
     "batch not divisible": (
         _set(train={"global_batch_size": 3}, parallel={"world_size": 2}),
         ["global_batch_size 3", "multiple"],

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,12 @@ def test_ids_are_the_templates_and_one_closing_token(tokenizer, renderer):
         try:
             (sample,) = renderer.render(row, "x.jsonl", number).samples
         except DataError as error:
-            assert f"x.jsonl:{number}: nothing in this row would be trained" in str(error)
+            trains_nothing = f"x.jsonl:{number}: nothing in this row would be trained" in str(error)
+            assert trains_nothing or re.search("think>|thought", str(error))
             continue
+        for message in messages:  # beside an empty thought the template would double the tags of one in the text
+            if message.get("reasoning_content") == "":
+                del message["reasoning_content"]
         ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **asked)
         closing = []
         if messages[-1]["role"] == "assistant":

@@ -71,7 +71,7 @@ def test_frames_one_behind_the_other_are_one_file(tmp_path):
     skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"  # a frame that holds no data, by zstandard's format
     path.write_bytes(pack(lines[:100_000]) + pack(b"") + skipped + pack(lines[100_000:]))
     assert [row for _, row in read_rows(path)] == [json.loads(line) for line in lines.splitlines()]
-    path.write_bytes(pack(b" " * 10**8 + b"\n" + lines))
+    path.write_bytes(pack(b" " * 10**7 + b"\n" + lines))
     assert len(list(read_rows(path))) == 3000
 
 
@@ -308,4 +308,4 @@ def test_what_looks_like_markup_in_rows_and_names_is_shown_as_it_is(checkpoints,
         out = re.sub(r"\x1b\[[0-9;]*m", "", out)
         assert code == 2 and "2 of 101 rows are bad" in err and "Traceback" not in err
         assert f'{path}:100: messages[0].role is "[bold]u"' in out and f'{path}:101: messages[0].role is "[/x]"' in out
-        assert f"{path}:1  (trained, context)" in out
+        assert f"{path}:1  (trained, context)" in out.replace("⟦", "").replace("⟧", "")
