@@ -314,15 +314,19 @@ def push(
     ] = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Put a model on a hub: only files that changed; the same command again goes on. The token is the hub's own login's."""
+    """Put a model on a hub: only files that changed are sent, those of another model there are removed. The same command goes on."""
+    from glm45_tune.hub.contents import some
     from glm45_tune.hub.push import push as send
 
-    done = send(directory, to, revision, message, public, verify)
+    done = send(directory, to, revision, message, public, verify, say=_say)
     if as_json:
         print(json.dumps(done.document()))
     checked = " and read back" if done.read_back else ""
+    others = [f"{len(done.removed)} removed"] * bool(done.removed)
+    others += [f"{len(done.kept)} kept that are not here ({some(done.kept)})"] * bool(done.kept)
     _say(
-        f"{done.url}: {len(done.sent)} files ({human(done.num_bytes)}) sent{checked}, {done.unchanged} unchanged; every hash is right"
+        f"{done.url}: {len(done.sent)} files ({human(done.num_bytes)}) sent{checked}, "
+        f"{', '.join([f'{done.unchanged} unchanged', *others])}; every hash is right"
     )
 
 

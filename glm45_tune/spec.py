@@ -6,6 +6,7 @@ from pathlib import Path
 
 from glm45_tune.errors import CheckpointError
 from glm45_tune.foreign import is_own, read_json, short
+from glm45_tune.quoting import path_argument
 
 LARGEST = 2**31
 """No size of a model is larger."""
@@ -195,7 +196,8 @@ def read_config(directory: str | Path) -> dict:
         )
     if not path.is_file() and (Path(directory) / "recipe.yaml").is_file():
         raise CheckpointError(
-            f"{directory}: a run, not a model. Make one of it first: glm45-tune export {directory} --output MODEL"
+            f"{directory}: a run, not a model. Make one of it first: "
+            f"glm45-tune export {path_argument(str(directory))} --output MODEL"
         )
     if not path.is_file():
         raise CheckpointError(

@@ -48,6 +48,10 @@ class LoopbackHub:
         self.organisations = {"me"}
         self.lock = threading.Lock()
         self.url = ""
+        # other origins that take content and are asked for it, where they are not the hub's own
+        self.storage_url = self.verify_url = ""
+        self.signature = ""  # what an upload's address ends with
+        self.logins: list[str | None] = []  # of each request
 
     def answer(self, request: Request):
         """(status, body: bytes or something for JSON, headers)."""
@@ -85,6 +89,7 @@ class LoopbackHub:
                 )
                 with hub.lock:
                     hub.requests.append((request.method, request.path))
+                    hub.logins.append(request.headers.get("authorization"))
                     found = hub.faults(request)
                     if found is None:
                         authorised = (
@@ -223,10 +228,16 @@ class HuggingFaceHub(LoopbackHub):
                 header = {}
                 if wanted["size"] > self.part:
                     count = -(-wanted["size"] // self.part)
-                    where = f"{self.url}/lfs-storage/{wanted['oid']}"
+                    where = f"{self.storage_url or self.url}/lfs-storage/{wanted['oid']}"
                     header = {"chunk_size": str(self.part)} | {f"{n + 1:05d}": f"{where}/{n}" for n in range(count)}
-                upload = {"href": f"{self.url}/lfs-storage/{wanted['oid']}", "header": header}
-                found["actions"] = {"upload": upload, "verify": {"href": f"{self.url}/verify/{wanted['oid']}"}}
+                upload = {
+                    "href": f"{self.storage_url or self.url}/lfs-storage/{wanted['oid']}{self.signature}",
+                    "header": header,
+                }
+                found["actions"] = {
+                    "upload": upload,
+                    "verify": {"href": f"{self.verify_url or self.url}/verify/{wanted['oid']}"},
+                }
             objects.append(found)
         return 200, {"transfer": "multipart" if any("actions" in o for o in objects) else "basic", "objects": objects}
 
@@ -246,6 +257,11 @@ class HuggingFaceHub(LoopbackHub):
         names = []
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                if value["path"] not in repo.files[revision]:
+                    return 400, {"error": f"{value['path']} is not there and cannot be removed"}
+                del repo.files[revision][value["path"]]
+                continue
             names.append(value["path"])
             if line["key"] == "lfsFile":
                 if value["oid"] not in self.blobs:
@@ -309,10 +325,22 @@ class ModelScopeHub(LoopbackHub):
         asked = json.loads(request.body)
         if what[0] == "info":
             wanted = [o for o in asked["objects"] if o["oid"] not in self.blobs]
-            objects = [{**o, "actions": {"upload": {"href": f"{self.url}/lfs-storage/{o['oid']}"}}} for o in wanted]
+            objects = [
+                {
+                    **o,
+                    "actions": {
+                        "upload": {"href": f"{self.storage_url or self.url}/lfs-storage/{o['oid']}{self.signature}"}
+                    },
+                }
+                for o in wanted
+            ]
             return 200, {"Code": 200, "Data": {"objects": objects}, "Success": True}
         files = repo.files.setdefault(unquote(what[1]), {})
         for action in asked["actions"]:
+            if action["action"] == "delete":
+                if files.pop(action["path"], None) is None:
+                    return 400, {"Code": 400, "Message": f"{action['path']} is not there", "Success": False}
+                continue
             assert action["action"] == "create"
             if action["type"] == "lfs":
                 if action["sha256"] not in self.blobs:

@@ -60,7 +60,7 @@ def write_peft_of(
 ) -> None:
     """The same of tensors wherever they are: `files.tensors` are megatron's names, `files.read_key(name)` gives one whole.
 
-    beside: adds files to the directory. base_name: what the base is called on a hub; its directory stands there otherwise.
+    beside: adds files to the directory. base_name: what the base is called on a hub; its directory's name stands there otherwise.
     """
     table = {row.hybrid.removesuffix(".weight"): row for row in rows(base.spec)}
     pairs: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
@@ -84,7 +84,7 @@ def write_peft_of(
             names += [name.removesuffix(".lora_A") + ".weight" for name in found if name.endswith(".lora_A")]
     with whole(output, "adapter", base=base_name or base.path.name, fingerprint=fingerprint(base)) as staging:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-        _peft_config(names, ranks, config, base, base_name or str(base.path)).save_pretrained(str(staging))
+        _peft_config(names, ranks, config, base, base_name or base.path.resolve().name).save_pretrained(str(staging))
         beside(staging)
 
 

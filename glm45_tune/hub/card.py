@@ -14,12 +14,15 @@ from glm45_tune.errors import UserError
 from glm45_tune.hub.curves import draw, read_metrics
 from glm45_tune.hub.serving import serving
 from glm45_tune.plan.models import PUBLIC
+from glm45_tune.quoting import code, fenced, markdown, path_argument, shell, yaml_text
 from glm45_tune.recipe import Recipe, sources_of
 from glm45_tune.redaction import redacted_text
 from glm45_tune.spec import ModelSpec
 from glm45_tune.training.run_directory import RECIPE_FILE
 
 CARD, CURVES, EVALUATION = "README.md", "curves.svg", "eval.json"
+
+_REPOSITORY = r"[A-Za-z0-9][\w.-]*(?<![.-])/[A-Za-z0-9][\w.-]{0,95}(?<![.-])"
 
 # metrics that say how a training went, by what they are called in the card
 _FIRST_TO_LAST = {
@@ -42,19 +45,33 @@ class Base:
 
 def base_of(recipe: Recipe) -> Base:
     """From the recipe's card section, else the base's own card, else the releases known by name."""
-    path = Path(recipe.model.path)
+    path = Path(recipe.model.path).absolute()
     marker = _json(path / MARKER)
     if marker.get("kind") == "mcore":
-        path = Path(marker["source"])
-    public = {name.lower(): name for name in PUBLIC}.get(path.name.lower())
+        path = Path(marker.get("source") or path)
+    known = {name.lower(): name for name in PUBLIC}
+    called = recipe.card.base_model or _name_in_cache(path) or path.name
+    public = known.get(called.rpartition("/")[2].lower())
     own = _front_matter(path / CARD)
     language = own.get("language") or (["en", "zh"] if public else [])
+    name = f"zai-org/{public}" if public and "/" not in called else called
     return Base(
-        recipe.card.base_model or (f"zai-org/{public}" if public else path.name),
-        bool(recipe.card.base_model or public),
+        name if is_repository(name) else Path(name).name,
+        is_repository(name),
         recipe.card.license or own.get("license") or ("mit" if public else "unknown"),
         recipe.card.language or ([language] if isinstance(language, str) else language),
     )
+
+
+def is_repository(name: str) -> bool:
+    """Is it ORG/NAME as hubs allow it?"""
+    return bool(re.fullmatch(_REPOSITORY, name, re.ASCII)) and not re.search(r"--|\.\.|\.git$", name)
+
+
+def _name_in_cache(path: Path) -> str | None:
+    """ORG/NAME of a directory in Hugging Face's cache: models--ORG--NAME/snapshots/COMMIT."""
+    found = re.fullmatch("models--(.+?)--(.+)", path.parent.parent.name)
+    return f"{found[1]}/{found[2]}" if found and path.parent.name == "snapshots" else None
 
 
 class Card:
@@ -93,10 +110,11 @@ class Card:
             "name": name,
             "base_model": self.base.name,
             "is_adapter": self._is_adapter,
-            "what_it_is": f"{kind} {self.base.name} ({what}{precision}, step {self._step}) with glm45_tune.",
+            "what_it_is": f"{kind} {markdown(self.base.name)} ({what}{precision}, step {self._step}) with glm45_tune.",
             "front_matter": self._front_matter(is_fp8),
             "serve": serving(name, self._spec, is_fp8, speculate=bool(mtp["trained"])),
             "mtp": mtp,
+            "thinking": self._thinking(),
             "rounding": self._rounding(is_fp8),
             "evaluation": self._evaluation(),
             "training": {"said": self._training()},
@@ -110,9 +128,10 @@ class Card:
         card = self.recipe.card
         hub = [s.path for s in sources_of(self.recipe.data.train) if s.path.startswith(("hf:", "ms:"))]
         datasets = [name[3:].partition("#")[0].partition("@")[0].partition(":")[0] for name in hub]
+        relation = "adapter" if self._is_adapter else "finetune"
+        on_hub = {"base_model": self.base.name, "base_model_relation": relation}
         document = {
-            "base_model": self.base.name,
-            "base_model_relation": "adapter" if self._is_adapter else "finetune",
+            **(on_hub if self.base.is_on_hub else {}),
             "library_name": "peft" if self._is_adapter else "transformers",
             "pipeline_tag": "text-generation",
             "license": self.base.license,
@@ -127,7 +146,7 @@ class Card:
                 *card.tags,
             ],
         }
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        return yaml_text(document)
 
     def _mtp(self) -> dict:
         if not self._spec.mtp_num_layers:
@@ -173,7 +192,7 @@ class Card:
             for file in files:
                 often = f" × {file['weight']:g}" if file["weight"] != 1 else ""
                 size, digest = (f"{file['bytes']:,}", f"`{file['sha256']}`") if "sha256" in file else ("", "not a file")
-                lines.append(f"| {file['name']} | {use}{often} | {size} | {digest} |")
+                lines.append(f"| {markdown(_without_folders(file['name']))} | {use}{often} | {size} | {digest} |")
         said = ""
         if "rows" in facts:
             said = (
@@ -186,11 +205,30 @@ class Card:
             said = "Read as a stream, not counted."
         return {"table": "\n".join(lines), "said": said}
 
-    def _evaluation(self) -> dict | None:
-        """Of this step's evaluations, those of the run's own eval.json: scores, not what was asked or said."""
+    def _scores(self) -> list[dict]:
+        """Of the run's own eval.json, this step's entries."""
         path = self._run / EVALUATION
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        found = [entry for entry in found if entry["step"] == self._step]
+        return [entry for entry in found if entry["step"] == self._step]
+
+    def _thinking(self) -> str:
+        """How often this model thought before it answered, as far as that was measured."""
+        asked: dict[bool | None, list[dict]] = {}
+        for entry in self._scores():
+            asked.setdefault(entry["think"], []).append(entry["tuned"])
+        if not asked:
+            return "How often this model thinks before it answers was not measured."
+        how = {None: "asked without a word on it", True: "asked to think", False: "asked not to think"}
+        said = []
+        for mode in sorted(asked, key=list(how).index):
+            count = sum(score["num_questions"] for score in asked[mode])
+            thought = sum((1 - score["non_thinking"]) * score["num_questions"] for score in asked[mode])
+            said.append(f"{how[mode]}, before {thought / count if count else 0:.0%} of {count} answers")
+        return f"In the evaluation below this model thought: {'; '.join(said)}."
+
+    def _evaluation(self) -> dict | None:
+        """This step's evaluations: scores, not what was asked or said."""
+        found = self._scores()
         if not found:
             return None
         lines = ["| data | questions | model | exact | non-thinking | calls valid | perplexity |", "| --- " * 7 + "|"]
@@ -199,9 +237,9 @@ class Card:
                 score = entry[which]
                 calls = "" if score["valid_calls"] is None else f"{score['valid_calls']:.0%}"
                 shares = f"{score['exact']:.0%} | {score['non_thinking']:.0%} | {calls} | {score['perplexity']:.4g}"
-                lines.append(f"| {entry['data']} | {score['num_questions']} | {which} | {shares} |")
+                lines.append(f"| {markdown(entry['data'])} | {score['num_questions']} | {which} | {shares} |")
         hashes = ", ".join(
-            f"{entry['data']} is " + (f"sha256 `{entry['sha256']}`" if entry["sha256"] else "not a file")
+            f"{markdown(entry['data'])} is " + (f"sha256 `{entry['sha256']}`" if entry["sha256"] else "not a file")
             for entry in found
         )
         modes = {entry["think"] for entry in found} - {None}
@@ -218,6 +256,14 @@ def _template(path: str | None) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {
+        "markdown": lambda value: markdown(str(value)),
+        "code": code,
+        "fenced": fenced,
+        "shell": shell,
+        "path_argument": path_argument,
+        "string_literal": _string_literal,
+    }
     if path is None:
         return environment.get_template("card.md")
     try:
@@ -237,11 +283,21 @@ def _without_paths(recipe: Recipe) -> str:
             named = [(redacted_text(_last_name(s.path)), s.weight) for s in sources_of(sources)]
             short = [name if weight == 1 else {"path": name, "weight": weight} for name, weight in named]
             document["data"][key] = short[0] if isinstance(sources, str) else short
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return yaml_text(document)
 
 
 def _last_name(source: str) -> str:
     return source if source.startswith(("hf:", "ms:")) else Path(source).name
+
+
+def _without_folders(name: str) -> str:
+    """A data file's name; of what stands there with its whole path, the last part."""
+    return Path(name).name if name.startswith("/") else name
+
+
+def _string_literal(text: str) -> str:
+    """The text as Python writes it."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 def _front_matter(path: Path) -> dict:

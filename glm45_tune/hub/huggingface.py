@@ -6,25 +6,33 @@ import sys
 from collections.abc import Callable, Iterator
 
 import httpx
-from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, constants, get_token, hf_hub_url
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, constants, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, logging
 
+from glm45_tune.errors import UserError
 from glm45_tune.hub.hub import (
     BROKEN,
     CHUNK,
+    CONNECT_SECONDS,
     DENIED,
     MISSING,
     NONSENSE,
     QUOTA,
+    READ_SECONDS,
     REFUSED,
     TAKEN,
     Fault,
     LocalFile,
+    Patience,
     RemoteFile,
+    Say,
+    checked_endpoint,
     kind_of_status,
-    patiently,
+    needs_socks,
+    origin,
     tells_of_quota,
+    without_login,
 )
 
 _HOME = "https://huggingface.co"
@@ -36,10 +44,12 @@ class HuggingFace:
     title = "Hugging Face"
     login = "Set HF_TOKEN, or log in with `hf auth login`."
 
-    def __init__(self, repo: str, revision: str):
-        endpoint = os.environ.get("HF_ENDPOINT", _HOME).rstrip("/")
+    def __init__(self, repo: str, revision: str, say: Say):
+        endpoint = checked_endpoint(os.environ.get("HF_ENDPOINT") or _HOME)
         self.repo, self.revision, self.token = repo, revision, get_token()
-        self.url = f"{endpoint}/{repo}"
+        self.url = f"{without_login(endpoint)}/{repo}"
+        self.patiently = Patience(self.title, say)
+        _guard_client(endpoint)
         self._api = HfApi(endpoint=endpoint, token=self.token, library_name="glm45_tune")
         self._exists = False
         if endpoint != _HOME:
@@ -70,24 +80,27 @@ class HuggingFace:
             self._ask(lambda: self._api.create_branch(self.repo, branch=self.revision, exist_ok=True))
 
     def listing(self) -> dict[str, RemoteFile]:
-        def entries() -> list:
-            try:
-                return list(self._api.list_repo_tree(self.repo, recursive=True, revision=self.revision))
-            except HfHubHTTPError as error:
-                if error.response.status_code == 404:
-                    return []  # a repository without a commit has no tree
-                raise
+        return self._ask(self._listing)
 
+    def _listing(self) -> dict[str, RemoteFile]:
+        try:
+            entries = list(self._api.list_repo_tree(self.repo, recursive=True, revision=self.revision))
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404:
+                raise
+            entries = []  # a repository without a commit has no tree
         return {
             entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-            for entry in self._ask(entries)
+            for entry in entries
             if isinstance(entry, RepoFile)
         }
 
-    def commit(self, files: list[LocalFile], message: str) -> str:
+    def commit(self, files: list[LocalFile], removed: list[str], message: str) -> str:
         # one commit, so that what others see is never half a model; made anew for each try, which finds what has arrived
         def send() -> str:
+            there = self._listing() if removed else {}  # of a try whose answer was lost, nothing is removed twice
             operations = [CommitOperationAdd(file.name, str(file.path)) for file in files]
+            operations += [CommitOperationDelete(name, is_folder=False) for name in removed if name in there]
             return self._api.create_commit(self.repo, operations, commit_message=message, revision=self.revision).oid
 
         return self._ask(send)
@@ -97,14 +110,14 @@ class HuggingFace:
             with self._faults():
                 return call()
 
-        return patiently(once)
+        return self.patiently(once)
 
     def read(self, name: str) -> Iterator[bytes]:
         url = hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._api.endpoint)
         headers = build_hf_headers(token=self.token)
         with self._faults(), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             if response.status_code != 200:
-                raise Fault(kind_of_status(response.status_code, ""), f"{response.status_code} for {name}")
+                raise Fault(kind_of_status(response.status_code, ""), name, response.status_code)
             yield from response.iter_bytes(CHUNK)
 
     @contextlib.contextmanager
@@ -131,5 +144,31 @@ class HuggingFace:
 
     def _of_status(self, error: HfHubHTTPError) -> Fault:
         said = error.server_message or error.response.text[:200]
-        kind = kind_of_status(error.response.status_code, said)
-        return Fault(TAKEN if self._exists and kind in (DENIED, MISSING) else kind, said)
+        status = error.response.status_code
+        kind = kind_of_status(status, said)
+        return Fault(TAKEN if self._exists and kind in (DENIED, MISSING) else kind, said, status)
+
+
+class _AtHome:
+    """Takes the login off whatever goes to another origin than the hub's, such as an address that the hub's answer names."""
+
+    def __init__(self, endpoint: str):
+        self._home = origin(endpoint)
+
+    def __call__(self, request: httpx.Request) -> None:
+        if origin(str(request.url)) != self._home:
+            for name in ("Authorization", "Cookie"):
+                request.headers.pop(name, None)
+
+
+def _guard_client(endpoint: str) -> None:
+    """Make the client's session wait no longer than we do, and keep the login at home. Raises UserError."""
+    try:
+        session = get_session()
+    except ImportError as error:
+        raise needs_socks("pip install 'httpx[socks]'") from error
+    except ValueError as error:
+        raise UserError(f"A proxy of the environment (HTTPS_PROXY, ALL_PROXY) cannot be used: {error}.") from error
+    session.timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+    others = [hook for hook in session.event_hooks["request"] if not isinstance(hook, _AtHome)]
+    session.event_hooks = session.event_hooks | {"request": [*others, _AtHome(endpoint)]}

@@ -6,26 +6,34 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from glm45_tune.conversion.outdir import MARKER, read_marker
+from glm45_tune.conversion.outdir import read_marker
 from glm45_tune.errors import UserError, VerificationError
+from glm45_tune.foreign import short
 from glm45_tune.hub import hub as kinds
-from glm45_tune.hub.hub import Fault, Hub, LocalFile, patiently
+from glm45_tune.hub.contents import Contents, contents_of, is_loaded, some
+from glm45_tune.hub.hub import Fault, Hub, LocalFile, Say
 
 _THREADS = 4
-_LEFT_OUT = (".git", ".cache", "__pycache__")
 
 Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did."""
+    """What a push did: names of files sent, removed from the repository, and kept there though they are not here.
+
+    left_out: what is here and was not sent.
+    """
 
     url: str
     commit: str | None
     sent: list[str]
     unchanged: int
+    removed: list[str]
+    kept: list[str]
+    left_out: list[str]
     num_bytes: int
     read_back: bool
 
@@ -41,24 +49,31 @@ def push(
     public: bool = False,
     verify: bool = True,
     tick: Tick = lambda size: None,
+    say: Say = lambda text: None,
 ) -> Pushed:
     """Push a directory to `hf:ORG/NAME` or `ms:ORG/NAME` by the hub's own client and its own login.
 
-    `tick` hears bytes read back. Raises UserError with one sentence for whatever the hub refuses; VerificationError when what
-    the hub holds then is not what lies here. Given again, it sends what is missing there.
+    The repository is what was pushed then: files there that a loader reads and that are not here go in the same commit
+    (`contents.is_loaded`). `tick` hears bytes read back, `say` a line where one waits or something is removed. Raises UserError with
+    one sentence for whatever the hub refuses; VerificationError when what the hub holds then is not what lies here. Given again,
+    it sends what is missing there.
     """
     directory = Path(directory)
-    files = local_files(directory)
-    hub = open_hub(to, revision)
+    contents = contents_of(directory)
+    if contents.left_out:
+        say(f"{directory}: not sent, as links and dot entries never are: {some(contents.left_out)}")
+    hub = open_hub(to, revision, say)
     if not hub.token:
         raise UserError(f"{to}: no token for {hub.title}. {hub.login}")
     try:
-        return _push(hub, files, message or _message(directory), public, verify, tick)
+        return _push(hub, contents, message or _message(directory), public, verify, tick, say)
     except Fault as fault:
         raise UserError(_sentence(fault, to, hub)) from fault
+    except OSError as error:  # of a file here that cannot be read, or is gone
+        raise UserError(f"{error.filename or directory}: cannot be read: {error.strerror or error}.") from error
 
 
-def open_hub(to: str, revision: str | None) -> Hub:
+def open_hub(to: str, revision: str | None, say: Say = lambda text: None) -> Hub:
     """The repository that `hf:ORG/NAME` or `ms:ORG/NAME` names. Raises UserError."""
     found = re.fullmatch(r"(hf|ms):([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", to, re.ASCII)
     if not found:
@@ -69,64 +84,57 @@ def open_hub(to: str, revision: str | None) -> Hub:
     if found[1] == "hf":
         from glm45_tune.hub.huggingface import HuggingFace
 
-        return HuggingFace(f"{found[2]}/{found[3]}", revision or "main")
+        return HuggingFace(f"{found[2]}/{found[3]}", revision or "main", say)
     try:
         from glm45_tune.hub.modelscope import ModelScope
     except ImportError as error:
         raise UserError(f"{to}: needs {error.name}: pip install modelscope.") from None
-    return ModelScope(f"{found[2]}/{found[3]}", revision or "master")
+    return ModelScope(f"{found[2]}/{found[3]}", revision or "master", say)
 
 
-def local_files(directory: Path) -> list[LocalFile]:
-    """The files of a finished directory, sorted. Raises UserError for what should not be on a hub."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory.")
-    if directory.name.endswith(".partial"):
-        raise UserError(f"{directory}: is being written, or was left unfinished. Export it again.")
-    marker = read_marker(directory) or {}
-    if marker.get("kind") == "run":
-        raise UserError(f"{directory}: is a run, not a model. `glm45-tune export {directory} --output DIR` first.")
-    for name, facts in marker.get("files", {}).items():
-        shard = directory / name
-        if name.endswith(".safetensors") and (not shard.is_file() or shard.stat().st_size != facts["size"]):
-            came = f"has {shard.stat().st_size:,} bytes" if shard.is_file() else "is missing"
-            raise UserError(f"{shard}: {came}; {MARKER} says {facts['size']:,} bytes. Export it again.")
-    found = [
-        LocalFile(path.relative_to(directory).as_posix(), path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not set(path.relative_to(directory).parts) & set(_LEFT_OUT)
-    ]
-    if not found:
-        raise UserError(f"{directory}: holds no files.")
-    return found
-
-
-def _push(hub: Hub, files: list[LocalFile], message: str, public: bool, verify: bool, tick: Tick) -> Pushed:
+def _push(hub: Hub, contents: Contents, message: str, public: bool, verify: bool, tick: Tick, say: Say) -> Pushed:
     if hub.visibility() == "public" and not public:
         raise UserError(
             f"{hub.url}: is there and public. Say --public to push to it all the same, or choose another name."
         )
     hub.create(private=not public)
-    changed = _changed(hub, files)
+    files = contents.files
+    changed, others = _difference(hub, files)
+    removed, kept = [name for name in others if is_loaded(name)], [name for name in others if not is_loaded(name)]
+    if removed:
+        say(f"{hub.url}: removing {len(removed)} files that belong to another model: {some(removed)}")
     commit = None
-    if changed:
-        commit = hub.commit(changed, message)
-        if wrong := _changed(hub, files):
+    if changed or removed:
+        commit = hub.commit(changed, removed, message)
+        wrong, others = _difference(hub, files)
+        if wrong:
             raise VerificationError(
                 f"{hub.url}: {len(wrong)} of {len(files)} files are listed with another hash than here, such as {wrong[0].name}."
             )
+        if left := [name for name in others if is_loaded(name)]:
+            raise VerificationError(f"{hub.url}: {len(left)} files should be gone and are still listed: {some(left)}.")
         if verify:
             _read_back(hub, changed, tick)
-    sent = [file.name for file in changed]
-    return Pushed(hub.url, commit, sent, len(files) - len(sent), sum(f.size for f in changed), verify and bool(changed))
+    return Pushed(
+        url=hub.url,
+        commit=commit,
+        sent=[file.name for file in changed],
+        unchanged=len(files) - len(changed),
+        removed=removed,
+        kept=kept,
+        left_out=contents.left_out,
+        num_bytes=sum(file.size for file in changed),
+        read_back=verify and bool(changed),
+    )
 
 
-def _changed(hub: Hub, files: list[LocalFile]) -> list[LocalFile]:
-    """The files that the hub does not have, or has otherwise."""
+def _difference(hub: Hub, files: list[LocalFile]) -> tuple[list[LocalFile], list[str]]:
+    """The files that the hub does not have, or has otherwise; and the names of those that are only there."""
     remote = hub.listing()
     with ThreadPoolExecutor(_THREADS) as pool:
         same = pool.map(lambda file: file.name in remote and remote[file.name].same_as(file), files)
-    return [file for file, is_same in zip(files, same) if not is_same]
+    changed = [file for file, is_same in zip(files, same) if not is_same]
+    return changed, sorted(remote.keys() - {file.name for file in files})
 
 
 def _read_back(hub: Hub, files: list[LocalFile], tick: Tick) -> None:
@@ -140,7 +148,7 @@ def _read_back(hub: Hub, files: list[LocalFile], tick: Tick) -> None:
         return found.hexdigest()
 
     def is_right(file: LocalFile) -> bool:
-        return patiently(lambda: digest(file)) == file.sha256
+        return hub.patiently(lambda: digest(file)) == file.sha256
 
     with ThreadPoolExecutor(_THREADS) as pool:
         wrong = [file.name for file, right in zip(files, pool.map(is_right, files)) if not right]
@@ -155,17 +163,33 @@ def _message(directory: Path) -> str:
     return f"Upload {directory.resolve().name}" + (f" (step {facts['step']})" if "step" in facts else "")
 
 
+def without_secrets(said: str, token: str | None) -> str:
+    """Words of a hub or its client, on one line, without the token and without what signs an address."""
+    for secret in {token, quote(token, safe="")} if token else ():
+        said = said.replace(secret, "***")
+    said = re.sub(r"\?[^\s'\"<>()]+", "?***", said)  # an address's query
+    said = re.sub(r"//[^/@\s'\"]+@", "//***@", said)
+    return short(" ".join(said.split()), 300)
+
+
 def _sentence(fault: Fault, to: str, hub: Hub) -> str:
     again = "Local files are as they were; the same command goes on where this one stopped."
-    said = " ".join(fault.detail.replace(hub.token, "***").split())[:300] if fault.detail else "nothing said"
+    said = without_secrets(fault.detail, hub.token) or "nothing said"
+    if fault.status:
+        said = f"{fault.status}: {said}"
+    broken = (
+        f"{to}: {hub.title} kept answering {said}. {again}"
+        if fault.status
+        else f"{to}: the connection to {hub.title} kept breaking ({said}). {again}"
+    )
     return {
-        kinds.TOKEN: f"{to}: {hub.title} does not accept the token (401: {said}): it is wrong or expired. {hub.login}",
-        kinds.DENIED: f"{to}: the token may not write there (403: {said}). Take one that may, or a name that is yours.",
+        kinds.TOKEN: f"{to}: {hub.title} does not accept the token ({said}): it is wrong or expired. {hub.login}",
+        kinds.DENIED: f"{to}: the token may not write there ({said}). Take one that may, or a name that is yours.",
         kinds.TAKEN: f"{to}: the name is taken, and this token may not write to it ({said}). Take one that may if it is yours, or "
         "choose another name.",
         kinds.QUOTA: f"{to}: {hub.title} has no room for it ({said}). Make room or get more. {again}",
-        kinds.MISSING: f"{to}: not found (404: {said}). Is the organisation's or the revision's name right, and may the token see it?",
+        kinds.MISSING: f"{to}: not found ({said}). Is the organisation's or the revision's name right, and may the token see it?",
         kinds.REFUSED: f"{to}: {hub.title} refuses: {said}.",
         kinds.NONSENSE: f"{to}: what answers at {hub.url} does not speak {hub.title}'s language ({said}). {again}",
-        kinds.BROKEN: f"{to}: the connection to {hub.title} kept breaking ({said}). {again}",
+        kinds.BROKEN: broken,
     }[fault.kind]

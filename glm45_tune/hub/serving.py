@@ -1,7 +1,10 @@
 """How a GLM-4.5 is served: the commands for vLLM and SGLang, and the cards that its makers name. docs/serving.md tells more."""
 
+import json
+import shlex
 from dataclasses import dataclass
 
+from glm45_tune.quoting import path_argument, shell
 from glm45_tune.spec import ModelSpec
 
 PARSERS = "--tool-call-parser glm45 --reasoning-parser glm45"
@@ -31,21 +34,22 @@ def serving(name: str, spec: ModelSpec, is_fp8: bool, speculate: bool) -> Servin
     """The commands for a model called `name`. speculate: with its MTP layer as the drafter."""
     _, _, (h100, _), _ = CARDS.get((spec.num_layers, is_fp8), ("", "", (1, 1), None))
     served = name.rpartition("/")[2].lower()
+    path = path_argument(name)
+    as_served = f"--served-model-name{'=' if served.startswith('-') else ' '}{shell(served)}"
     vllm = [
-        f"{VLLM_ENV} vllm serve {name} --served-model-name {served}",
+        f"{VLLM_ENV} vllm serve {path} {as_served}",
         *([f"--tensor-parallel-size {h100}"] if h100 > 1 else []),
     ]
     vllm += [f"{PARSERS} --enable-auto-tool-choice"]
-    sglang = [f"python -m sglang.launch_server --model-path {name} --served-model-name {served}"]
+    sglang = [f"python -m sglang.launch_server --model-path {path} {as_served}"]
     sglang += [f"--tp-size {h100}"] * (h100 > 1) + [PARSERS, "--port 8000"]
     if speculate:
         vllm += ["""--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'"""]
         sglang += ["--speculative-algorithm EAGLE --speculative-num-steps 3"]
         sglang += ["--speculative-eagle-topk 1 --speculative-num-draft-tokens 4"]
-    ask = (
-        "curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\n"
-        f'  "model": "{served}",\n  "messages": [{{"role": "user", "content": "你好"}}]\n}}\''
-    )
+    question = f'{{\n  "model": {json.dumps(served, ensure_ascii=not served.isprintable())},\n'
+    question += '  "messages": [{"role": "user", "content": "你好"}]\n}'
+    ask = f"curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(question)}"
     return Serving(_lines(vllm), _lines(sglang), ask, _cards(spec, is_fp8))
 
 

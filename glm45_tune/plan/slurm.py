@@ -1,11 +1,11 @@
 """A Slurm batch script with a plan's numbers in it: one task a rank, its own log, the same command again after a preemption."""
 
-import shlex
 from pathlib import Path
 
 from glm45_tune.errors import UserError
 from glm45_tune.plan.cards import CPU
 from glm45_tune.plan.planner import Plan
+from glm45_tune.quoting import one_line, sbatch, shell
 from glm45_tune.recipe import Recipe
 
 BODY = r"""
@@ -27,7 +27,7 @@ echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on
 # One task a rank; %t in a log's name is the rank, and a restart writes on below. When a rank fails, the others have a minute.
 status=0
 # shellcheck disable=SC2016  # every task expands its own rank
-srun --wait=60 --open-mode=append --output="$logs/rank_%t.log" \
+srun --wait=60 --open-mode=append --output="${logs//%/%%}/rank_%t.log" \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' rank "${command[@]}" || status=$?
 
 # Told to stop, by a preemption or because the time limit is near: saved (75), or cut off before it could be (143). The job is not
@@ -50,13 +50,15 @@ def script(plan: Plan, recipe_path: Path, overrides: list[str], minutes: int | N
             f"--sbatch: {hardware.gpus} cards do not fill nodes of {per_node}; say how many a node has with --gpus-per-node."
         )
     run = Path(recipe.output_dir)
+    name = run.name or "glm45"
     options = {
-        "job-name": run.name or "glm45",
+        "job-name": sbatch(name),
         "nodes": hardware.gpus // per_node,
         "ntasks-per-node": per_node,
         **({} if hardware.card.name == CPU else {"gpus-per-node": per_node}),
         **({"time": minutes} if minutes else {}),
-        "output": f"{run.name or 'glm45'}_%j.log",
+        # % begins a number of Slurm's in a file's name, and a backslash would end that
+        "output": sbatch(name.replace("%", "%%").replace("\\", "_") + "_%j.log"),
         "open-mode": "append",
         # SIGUSR1 two minutes before the time limit: training saves and ends
         "signal": "USR1@120",
@@ -66,14 +68,14 @@ def script(plan: Plan, recipe_path: Path, overrides: list[str], minutes: int | N
         *(f"#SBATCH --{key}={value}" for key, value in options.items()),
         "#SBATCH --requeue",
     ]
-    words = " ".join(map(shlex.quote, ["train", str(recipe_path), *overrides]))
+    words = " ".join(map(shell, ["train", str(recipe_path), *overrides]))
     lines += [
-        f"# {recipe_path}: {hardware.gpus} ranks on {hardware.gpus // per_node} node(s); written by `glm45-tune plan --sbatch`.",
+        f"# {one_line(str(recipe_path))}: {hardware.gpus} ranks on {hardware.gpus // per_node} node(s); written by `glm45-tune plan --sbatch`.",
         "# Submit it where glm45-tune is on the PATH and the recipe's paths hold on every node. A preempted job starts again by",
         "# itself and goes on from its last checkpoint: let train.save_interval bound what a preemption costs.",
         "",
         f"command=(glm45-tune {words})",
-        f"logs={shlex.quote(str(run))}_logs",
+        f"logs={shell(f'{run}_logs')}",
     ]
     return "\n".join(lines) + "\n" + BODY.lstrip("\n")
 

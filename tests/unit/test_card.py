@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import xml.dom.minidom
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from glm45_tune.conversion.stream import open_model
 from glm45_tune.conversion.verify import compare
@@ -39,7 +41,7 @@ def test_the_card_of_a_merged_model_and_of_an_adapter(lora_run, corpus, tmp_path
     assert code == 0, err
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     facts = front_matter(card)
-    assert facts["base_model"] == "air" and facts["base_model_relation"] == "finetune"
+    assert "base_model" not in facts and "Fine-tuned from air (" in card  # a directory's name is not a repository's
     assert facts["library_name"] == "transformers" and facts["license"] == "unknown" and "lora" in facts["tags"]
     assert {"language", "datasets", "pipeline_tag"} <= facts.keys()
     digest = hashlib.sha256(corpus.read_bytes()).hexdigest()
@@ -59,7 +61,7 @@ def test_the_card_of_a_merged_model_and_of_an_adapter(lora_run, corpus, tmp_path
 
     assert cli("export", lora_run, "--output", tmp_path / "adapter", "--adapter-only")[0] == 0
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert front_matter(card)["library_name"] == "peft" and front_matter(card)["base_model_relation"] == "adapter"
+    assert front_matter(card)["library_name"] == "peft" and "base_model" not in front_matter(card)
     assert "PeftModel.from_pretrained" in card and (tmp_path / "adapter" / "tokenizer.json").is_file()
 
 
@@ -108,6 +110,8 @@ def test_the_recipe_and_the_bases_own_card_fill_the_front_matter(lora_run, check
     assert (
         json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
     )
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert front_matter(card)["base_model_relation"] == "adapter" and 'from_pretrained("me/base"' in card
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,79 @@ def test_a_source_with_a_weight_stands_in_the_card_by_its_last_name(lora_run, tm
     export(run, tmp_path / "adapter", adapter_only=True)
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "- path: a.jsonl\n    weight: 2.0\n  - b.jsonl" in card and "/data" not in card
+
+
+def a_score(thinks: float, count: int = 4) -> dict:
+    return {"num_questions": count, "exact": 1.0, "non_thinking": 1 - thinks, "valid_calls": None, "perplexity": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ([], "was not measured"),
+        ([(None, 0.0, 4)], "thought: asked without a word on it, before 0% of 4 answers."),
+        ([(None, 1.0, 4), (None, 0.0, 12)], "asked without a word on it, before 25% of 16 answers."),
+        ([(False, 0.0, 4), (True, 1.0, 2)], "asked to think, before 100% of 2 answers; asked not to think, before 0% of 4 answers."),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_of_thinking_the_card_says_what_was_measured(lora_run, tmp_path, copy_of, measured, said, adapter_only):
+    """The base thinks in every answer here, and another step's model too: neither is told of this one."""
+    run = copy_of(lora_run)
+    entries = [
+        {
+            "data": f"{n}.jsonl",
+            "sha256": None,
+            "step": 4,
+            "think": think,
+            "base": a_score(1.0),
+            "tuned": a_score(*tuned),
+        }
+        for n, (think, *tuned) in enumerate(measured)
+    ]
+    older = {"data": "x", "sha256": None, "step": 2, "think": None, "base": a_score(1.0), "tuned": a_score(1.0)}
+    (run / "eval.json").write_text(json.dumps([older, *entries]), encoding="utf-8")
+    export(run, tmp_path / "out", adapter_only=adapter_only)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert said in card and "thinks before it answers unless" not in card and "enable_thinking" in card
+
+
+@pytest.mark.parametrize("name", ["导出 模型", "it's $HOME", 'a"b`c`', "-x <b> | [y](z)"])
+def test_a_card_of_any_name_is_whole(lora_run, tmp_path, name):
+    """Its commands get the directory's name as it is, and its text shows it; of an adapter, no place of this machine."""
+    export(lora_run, tmp_path / name)
+    card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    shown = f"./{name}" if name.startswith("-") else name
+    (command,) = re.findall(r"VLLM\S+ (vllm serve (?:.|\n)*?)\n```", card)
+    assert shlex.split(command)[2] == shown and shlex.split(command.replace("=", " ", 1))[4] == name.lower()
+    headings = [token for token in MarkdownIt().parse(card) if token.type == "inline"]
+    assert [token for token in headings if "".join(child.content for child in token.children) == name]
+    export(lora_run, tmp_path / "adapter" / name, adapter_only=True)
+    for path in (tmp_path / "adapter" / name).iterdir():
+        assert str(tmp_path.parent.parent).encode() not in path.read_bytes(), path
+    config = json.loads((tmp_path / "adapter" / name / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "air"
+
+
+def test_names_of_data_and_texts_of_a_recipe_cannot_break_the_card(lora_run, tmp_path, copy_of):
+    hostile = "a | b `c`\n## <b>x</b>.jsonl"
+    run = copy_of(lora_run, train={"global_batch_size": 5}, card={"tags": [hostile], "license": "x: y # z"})
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["train"] = f"/somewhere/{hostile}\n```\n# Not a heading"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    facts = json.loads((run / "glm45_tune.json").read_text())
+    facts["data"]["train"] = [{"name": f"/somewhere/{hostile}", "weight": 1}]
+    (run / "glm45_tune.json").write_text(json.dumps(facts))
+    export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert front_matter(card)["tags"][-1] == hostile and front_matter(card)["license"] == "x: y # z"
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.partition("\n---\n")[2])
+    said = [tokens[n + 1].content for n, token in enumerate(tokens) if token.type == "heading_open"]
+    assert said == ["out", "Ask it", "Training", "Data", "Hardware and versions"], said
+    assert not [token for token in tokens if token.type.startswith("html")]
+    rows = [token for token in tokens if token.type in ("tr_open", "td_open")]
+    assert len([token for token in rows if token.type == "td_open"]) == 4 * (len(rows) - len([token for token in rows if token.type == "td_open"]) - 1)  # fmt: skip
+    assert "/somewhere" not in card
 
 
 def test_curves_show_every_metric_that_came():
