@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -58,6 +59,34 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 def _say(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)
+
+
+def _show_versions(asked: bool) -> None:
+    if asked:
+        from glm45_tune.versions import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_versions, help="Print versions and the commit, and end."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs."""
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, by which editors complete and check keys."""
+    from glm45_tune.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
 
 
 @app.command()
