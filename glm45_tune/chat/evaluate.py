@@ -5,12 +5,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from glm45_tune.chat.answers import Answer, fault_of, typed
 from glm45_tune.chat.model import ChatModel
+from glm45_tune.console import Terminal
 from glm45_tune.data.chat import HALF_A_PAIR, ChatRenderer, Sample, check_messages, check_tools
 from glm45_tune.data.files import files_of
 from glm45_tune.data.formats import canonical
@@ -194,7 +194,7 @@ def _row(question: Question, answer: Answer) -> dict:
 
 def show(scores: list[dict]) -> None:
     """A table of scores (documents with `model` and `data`), and the first answer of each."""
-    console = Console(markup=False, emoji=False)  # names of files may hold what looks like markup
+    console = Terminal(markup=False, emoji=False)  # names of files may hold what looks like markup
     says_calls = any(score["num_calls"] for score in scores)
     table = Table("model", "data", "asked", "exact", "thinks", *["calls valid"] * says_calls, "perplexity")
     for score in scores:

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from glm45_tune.console import Terminal
 from glm45_tune.errors import UserError
 from glm45_tune.recipe import Recipe
 
@@ -119,7 +119,7 @@ class LiveLine:
     """Progress on stderr: a bar that moves on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, first_step: int, num_steps: int, seconds_between_lines: float = 5.0):
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         self._num_steps, self._first = num_steps, first_step
         self._wait, self._started, self._last = seconds_between_lines, time.monotonic(), 0.0
         self._bar = None
