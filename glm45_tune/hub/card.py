@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glm45_tune.conversion.outdir import MARKER
 from glm45_tune.errors import UserError
-from glm45_tune.hub.curves import draw, read_metrics
+from glm45_tune.hub.curves import draw
 from glm45_tune.hub.serving import serving
 from glm45_tune.plan.models import PUBLIC
 from glm45_tune.recipe import Recipe, sources_of
+from glm45_tune.run.files import RECIPE_FILE, DamagedError, Facts, read_evaluations, read_metrics
 from glm45_tune.spec import ModelSpec
-from glm45_tune.training.run_directory import RECIPE_FILE
 
-CARD, CURVES, EVALUATION = "README.md", "curves.svg", "eval.json"
+CARD, CURVES = "README.md", "curves.svg"
 
 # metrics that say how a training went, by what they are called in the card
 _FIRST_TO_LAST = {
@@ -59,7 +60,7 @@ def base_of(recipe: Recipe) -> Base:
 class Card:
     """A run's card, ready to be written. Raises UserError at once when its template cannot be used."""
 
-    def __init__(self, run: Path, facts: dict, step: int, spec: ModelSpec, is_adapter: bool):
+    def __init__(self, run: Path, facts: Facts, step: int, spec: ModelSpec, is_adapter: bool):
         self.recipe = Recipe.load(run / RECIPE_FILE)
         self.base = base_of(self.recipe)
         self._run, self._facts, self._step, self._spec, self._is_adapter = run, facts, step, spec, is_adapter
@@ -81,7 +82,7 @@ class Card:
         (directory / CURVES).write_text(draw(self._metrics()), encoding="utf-8")
 
     def _metrics(self) -> list[dict]:
-        return [line for line in read_metrics(self._run) if line["step"] <= self._step]
+        return [line for line in read_metrics(self._run)[0] if line["step"] <= self._step]
 
     def _variables(self, name: str, is_fp8: bool) -> dict:
         what = f"LoRA r {self._facts['lora']['r']}" if self._facts["lora"] else "all weights"
@@ -187,9 +188,11 @@ class Card:
 
     def _evaluation(self) -> dict | None:
         """Of this step's evaluations, those of the run's own eval.json: scores, not what was asked or said."""
-        path = self._run / EVALUATION
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        found = [entry for entry in found if entry["step"] == self._step]
+        try:
+            found = [entry for entry in read_evaluations(self._run) if entry["step"] == self._step]
+        except DamagedError as error:
+            print(f"{error} The card leaves the scores out.", file=sys.stderr)
+            return None
         if not found:
             return None
         lines = ["| data | questions | model | exact | non-thinking | calls valid | perplexity |", "| --- " * 7 + "|"]

@@ -21,7 +21,7 @@ from glm45_tune.recipe import Recipe
 from glm45_tune.rl.rewards import check_columns, check_rewards
 from glm45_tune.rl.sandbox import check_functions
 from glm45_tune.training import run_directory
-from glm45_tune.training.metrics import check_trackers
+from glm45_tune.training.trackers import check_trackers
 
 
 @dataclass
