@@ -25,8 +25,13 @@ def _place(run: Path) -> tuple[Path, str]:
 
 def sweep(run: Path) -> None:
     """Remove scratch directories whose process is gone."""
-    if not run.is_dir():
-        return
+    if run.is_dir():
+        with contextlib.suppress(OSError), locked_directory(run) as nobody_begins:
+            if nobody_begins:
+                _remove_left(run)
+
+
+def _remove_left(run: Path) -> None:
     place, front = _place(run)
     for left in place.glob(f"{front}*"):
         if left.is_dir() and not left.is_symlink():
@@ -41,7 +46,7 @@ def scratch(run: Path) -> Iterator[Path]:
     place, front = _place(run)
     try:
         with locked_directory(run):  # nobody sweeps between the making and the lock
-            sweep(run)
+            _remove_left(run)
             holder = Path(tempfile.mkdtemp(prefix=front, dir=place))
             held = contextlib.ExitStack()
             held.enter_context(locked_directory(holder))

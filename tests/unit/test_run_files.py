@@ -196,3 +196,29 @@ def test_a_full_output_is_no_traceback(arguments, stream):
     assert ended.returncode == (2 if failed else stream == "stdout")
     assert "Traceback" not in (ended.stderr or "")
     assert stream == "stderr" or failed or "cannot be written" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("project", "environment", "said"),
+    [
+        ("a#b", {"WANDB_API_KEY": "k"}, "refuses"),
+        ("glm", {}, "nobody is logged in"),
+        ("glm", {"WANDB_MODE": "offline"}, None),
+    ],
+)
+def test_what_a_user_can_mend_of_wandb_is_said_before_the_model(
+    make_recipe, tmp_path, monkeypatch, project, environment, said
+):
+    from glm45_tune.recipe import Recipe
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))
+    recipe = Recipe.from_dict(make_recipe("model", "data", tmp_path, logging={"wandb_project": project}))
+    if said is None:
+        return trackers.check_trackers(recipe)
+    with pytest.raises(UserError, match=said):
+        trackers.check_trackers(recipe)
