@@ -365,7 +365,7 @@ class Recipe(Section):
             raise RecipeError(f"{path}: {'a directory, not a recipe' if path.is_dir() else 'no such recipe'}.")
         try:
             document = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
             raise RecipeError(f"{path}: not YAML: {error}") from error
         if not isinstance(document, dict):
             raise RecipeError(f"{path}: holds {type(document).__name__}; a recipe is a mapping of sections.")

@@ -133,12 +133,21 @@ def evaluate(
 
     exact: text equal after stripping white space, and the same calls. data: as what the answers are trained, for the perplexity.
     """
+    samples = check_questions(model.tokenizer, questions, think, data)
+    return {file: _score(model, asked, samples[file], think, max_new_tokens) for file, asked in questions.items()}
+
+
+def check_questions(
+    tokenizer: object,
+    questions: dict[str, list[Question]],
+    think: bool | None = None,
+    data: DataConfig | None = None,
+) -> dict[str, list[Sample]]:
+    """Render every question with its answer before the first is asked. Raises DataError for a row that is refused."""
     # the last answer is what is asked for; its row's format was recognised already
     changes = {"seq_length": _LONGEST, "overlong": "error", "turns": "last", "format": None}
-    renderer = ChatRenderer(model.tokenizer, (data or DataConfig(train="-")).model_copy(update=changes))
-    # all of them before the first answer: a row that is refused ends it
-    samples = {file: _samples(renderer, asked, think) for file, asked in questions.items()}
-    return {file: _score(model, asked, samples[file], think, max_new_tokens) for file, asked in questions.items()}
+    renderer = ChatRenderer(tokenizer, (data or DataConfig(train="-")).model_copy(update=changes))
+    return {file: _samples(renderer, asked, think) for file, asked in questions.items()}
 
 
 def _samples(renderer: ChatRenderer, questions: list[Question], think: bool | None) -> list[Sample]:
