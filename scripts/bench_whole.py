@@ -178,6 +178,7 @@ def main() -> None:
     )
     parser.add_argument("-r", type=int, default=32)
     parser.add_argument("--targets", default="linear_qkv,linear_proj", help="or all-linear")
+    parser.add_argument("--frozen", default="bf16", choices=["bf16", "fp8"], help="what the frozen base is kept in")
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--expert-parallel", type=int, help="ranks that share the experts; all by default")
     parser.add_argument("--steps", type=int, default=5)
@@ -204,7 +205,7 @@ def main() -> None:
     }
     recipe = Recipe.from_dict(
         {
-            "model": {"path": "random", "params_dtype": "bf16"},
+            "model": {"path": "random", "params_dtype": "bf16", "frozen_dtype": arguments.frozen},
             "data": {"train": "none.jsonl", "seq_length": arguments.tokens},
             "parallel": {"expert_model_parallel_size": expert_ranks, "world_size": ranks},
             "train": train,

@@ -67,6 +67,8 @@ def model_options(recipe: Recipe) -> ModelOptions:
     default = ["core_attn"] if train.recompute_granularity == "selective" else []
     return ModelOptions(
         params_dtype=DTYPES[recipe.model.params_dtype],
+        frozen_dtype="fp8" if recipe.model.frozen_dtype == "fp8" else "bf16",
+        frozen_products="bf16" if recipe.model.frozen_products == "bf16" else "fp8",
         with_mtp=recipe.model.mtp_loss_scaling_factor > 0,
         recompute_granularity=train.recompute_granularity,
         recompute_method=train.recompute_method if full else None,
@@ -92,7 +94,8 @@ class Trainer:
         self.module = chunks.build(source.spec, layout, model_options(recipe))
         if recipe.lora is not None:
             lora.attach(self.module, recipe.lora, recipe.train.seed)
-        load_weights(self.module, source)
+        self.quantization = load_weights(self.module, source)
+        """What a frozen base in FP8 is on all ranks, a line a kind of weight; nothing of one in bf16."""
         self.module.to(runtime.device())
         self.config = self.module.config
         self.num_predictions = 1 + (self.config.mtp_num_layers or 0)

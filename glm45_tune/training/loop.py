@@ -17,6 +17,7 @@ from glm45_tune.mcore import checkpoint, runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.training import failure, record, run_directory, summary
+from glm45_tune.training.frozen import settled
 from glm45_tune.training.card import hardware, this_card
 from glm45_tune.training.interruption import Interruption
 from glm45_tune.training.labelled import Labelled
@@ -75,6 +76,7 @@ def run(job: Job) -> int:
 
 def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
+    job.recipe = settled(job.recipe, job.source)
     recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, runtime.stage(), hardware(job))
     trainer = Trainer(recipe, job.layout, job.source, watchdog.enter)
     method: Method = METHODS[job.kind](job, trainer)

@@ -18,6 +18,7 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
     what += f" but {', '.join(recipe.train.freeze)}" if recipe.train.freeze else ""
     return [
         f"model     {recipe.model.path}: {spec.num_layers} layers, {spec.num_moe_experts} experts, {recipe.model.params_dtype}",
+        *_base_lines(job, trainer),
         f"training  {what}: {trained:,} weights on this rank",
         f"layout    {layout}: {layout.world_size} ranks on {runtime.device().type}",
         f"data      {_data_line(job)}",
@@ -31,6 +32,15 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"saving    {_saving_line(job)}",
         f"output    {job.run}" + (f", resumed after step {step}" if step else ""),
     ]
+
+
+def _base_lines(job: Job, trainer: Trainer) -> list[str]:
+    """What is kept in FP8 and how well, where anything is."""
+    if not trainer.quantization:
+        return []
+    rest = "norms, router, embedding, head, biases, MTP's projection and the adapter"
+    said = f"frozen in FP8, products in {job.recipe.model.frozen_products}; in {job.recipe.model.params_dtype}: {rest}"
+    return [f"base      {said}", *(f"          {line}" for line in trainer.quantization)]
 
 
 def _recompute_line(job: Job) -> str:

@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
 
-from glm45_tune.mcore.layers.experts import GatherRows, GroupedExperts, SumRows, plan_rows
+from glm45_tune.mcore.layers.experts import GroupedExperts
+from glm45_tune.mcore.layers.rows import GatherRows, SumRows, plan_rows
 from glm45_tune.mcore.layers.recompute import is_unread
 from glm45_tune.mcore.layers.router import Router
 from glm45_tune.mcore.layers.swiglu import SharedExperts
