@@ -48,6 +48,11 @@ class ModelConfig(Section):
 
     in params_dtype, by an exact cast. auto: fp8 where the card has such products (Hopper and later; a CPU computes the same).
     """
+    frozen_turned: bool | None = None
+    """Keep the transposes of FP8 weights, which their products in backward want, instead of making them each time: twice the memory
+
+    for less time. null: where it fits without recompute.
+    """
     mtp_loss_scaling_factor: NotNegative = 0.0
     """Weight of the MTP layers' loss. 0 leaves the MTP layers out of training; export keeps them as they were."""
     moe_aux_loss_coeff: NotNegative = 0.0
@@ -411,6 +416,17 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def with_frozen(recipe: Recipe, is_fp8: bool, has_fp8_products: bool) -> Recipe:
+    """The recipe with what `auto` means for its frozen weights. is_fp8: the checkpoint is; has_fp8_products: the card has."""
+    kept, products = recipe.model.frozen_dtype, recipe.model.frozen_products
+    if kept == "auto":
+        kept = "fp8" if is_fp8 and recipe.lora is not None else "bf16"
+    if products == "auto":
+        products = "fp8" if has_fp8_products else "bf16"
+    model = recipe.model.model_copy(update={"frozen_dtype": kept, "frozen_products": products})
+    return recipe.model_copy(update={"model": model})
 
 
 def sources_of(sources: Sources) -> list[SourceConfig]:

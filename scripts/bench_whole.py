@@ -30,7 +30,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.plan.cards import CARDS
 from glm45_tune.plan.planner import Hardware
-from glm45_tune.recipe import Recipe
+from glm45_tune.recipe import Recipe, with_frozen
 from glm45_tune.training.card import this_card
 
 TINY = dataclasses.replace(
@@ -220,7 +220,9 @@ def main() -> None:
         row_of(arguments.tokens, is_packed, spec.vocab_size, seed + n, arguments.trained) for n in range(arguments.rows)
     ]
     hardware = hardware_of(batches, arguments.plan)
+    recipe = with_frozen(recipe, False, hardware.card.has_fp8)
     recipe = planner.with_recompute(spec, recipe, layout, runtime.stage(), hardware)
+    recipe = planner.with_turned(spec, recipe, layout, hardware)
     if arguments.plan:
         if dist.get_rank() == 0:
             print(planned(planner.plan(spec, recipe, layout, hardware)))

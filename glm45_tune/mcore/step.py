@@ -28,6 +28,7 @@ from glm45_tune.mcore import chunks, lora, optimizer, runtime
 from glm45_tune.mcore.freeze import freeze
 from glm45_tune.mcore.interleaved import TwoWayCommunicator
 from glm45_tune.mcore.layers.router import Replay, Router
+from glm45_tune.mcore.layers.weight import keep_turned
 from glm45_tune.mcore.load import load_weights
 from glm45_tune.mcore.model import ModelOptions
 from glm45_tune.mcore.optimizer import DTYPES
@@ -97,6 +98,9 @@ class Trainer:
         self.quantization = load_weights(self.module, source)
         """What a frozen base in FP8 is on all ranks, a line a kind of weight; nothing of one in bf16."""
         self.module.to(runtime.device())
+        self.keeps_turned = bool(recipe.model.frozen_turned)
+        if self.keeps_turned:
+            keep_turned(self.module)
         self.config = self.module.config
         self.num_predictions = 1 + (self.config.mtp_num_layers or 0)
         if recipe.train.freeze:

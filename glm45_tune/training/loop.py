@@ -78,6 +78,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
     job.recipe = settled(job.recipe, job.source)
     recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, runtime.stage(), hardware(job))
+    recipe = planner.with_turned(job.source.spec, recipe, job.layout, hardware(job))
     trainer = Trainer(recipe, job.layout, job.source, watchdog.enter)
     method: Method = METHODS[job.kind](job, trainer)
     saver = Saver(job, trainer)

@@ -39,7 +39,8 @@ def _base_lines(job: Job, trainer: Trainer) -> list[str]:
     if not trainer.quantization:
         return []
     rest = "norms, router, embedding, head, biases, MTP's projection and the adapter"
-    said = f"frozen in FP8, products in {job.recipe.model.frozen_products}; in {job.recipe.model.params_dtype}: {rest}"
+    turned = ", transposes kept" if trainer.keeps_turned else ""
+    said = f"frozen in FP8{turned}, products in {job.recipe.model.frozen_products}; in {job.recipe.model.params_dtype}: {rest}"
     return [f"base      {said}", *(f"          {line}" for line in trainer.quantization)]
 
 
