@@ -6,13 +6,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
+from glm45_tune.conversion.fp8 import quantize_channels
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import Row, rows
 from glm45_tune.conversion.tensors import ALL, HfReader, read_row, row_parts
 from glm45_tune.errors import CheckpointError
 from glm45_tune.mcore import runtime
-from glm45_tune.mcore.layers.fp8 import FP8, Rows, dequantize_rows, quantize_rows
+from glm45_tune.mcore.layers.fp8 import FP8, Rows, dequantize_rows
 
 
 def sharded_tensors(model) -> list[ShardedTensor]:
@@ -114,7 +115,7 @@ class _Quantized:
             self._as_stored.add(kind)
             return Rows(*found)
         values = self._source.read(name, first, last).to(runtime.device())
-        rows = quantize_rows(values)
+        rows = Rows(*quantize_channels(values))
         if not bool(rows.scale.isfinite().all()):
             raise CheckpointError(f"{self._source.path}: {name} holds NaN or infinity, which FP8 cannot keep.")
         error = dequantize_rows(rows, torch.float32) - values.float()

@@ -112,8 +112,10 @@ def with_turned(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardw
     if model.frozen_turned is not None:
         return recipe
     keeps = recipe.model_copy(update={"model": model.model_copy(update={"frozen_turned": True})})
-    by_fp8 = model.frozen_dtype == "fp8" and model.frozen_products != "bf16"
-    if by_fp8 and train.recompute_granularity is None and plan(spec, keeps, layout, hardware).fits:
+    turns = (
+        model.frozen_dtype == "fp8" and model.frozen_products != "bf16" and hardware.card.tflops > 0
+    )  # a CPU does not
+    if turns and train.recompute_granularity is None and plan(spec, keeps, layout, hardware).fits:
         return keeps
     return recipe.model_copy(update={"model": model.model_copy(update={"frozen_turned": False})})
 

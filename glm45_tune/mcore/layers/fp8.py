@@ -1,7 +1,7 @@
 """FP8 for frozen weights: how rows are quantized and what a product of them is, in plain torch. Kernels are held to it.
 
-A value is q · scale with q in e4m3, which has 3 bits of mantissa and reaches 448. A weight has a scale an output channel, taken once;
-activations and gradients have a scale a row (a token), taken anew each time.
+A value is q · scale with q in e4m3, which has 3 bits of mantissa and reaches 448. A weight has a scale an output channel, taken once
+(conversion/fp8.py); activations and gradients have a scale a row (a token), taken anew each time.
 """
 
 from itertools import pairwise
