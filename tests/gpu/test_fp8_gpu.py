@@ -1,9 +1,13 @@
 """The FP8 kernels of a card held to the rule in plain torch (mcore/layers/fp8.py), and an FP8 base held to one in bf16."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -40,7 +44,7 @@ def test_a_grouped_product_is_the_rule(counts, inputs, outputs):
     from glm45_tune.mcore.layers.weight import Fp8
 
     chosen = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].view(-1, 2)
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].view(-1, 1)
     x, gradient = _draw(len(chosen), inputs), _draw(len(chosen), outputs, seed=1)
     weight = fp8.quantize_rows(_draw(4, outputs, inputs, seed=3).cpu())
     plan = plan_rows(chosen, 4)
@@ -75,56 +79,26 @@ def test_nan_and_infinity_are_seen():
     assert not found[[2, 5]].any() and found[[0, 1, 3, 4, 6, 7]].all()
 
 
-@pytest.mark.parametrize("products, least", [("fp8", 0.99), ("bf16", 0.99)])
-def test_gradients_over_an_fp8_base_point_where_bf16s_do(products, least):
-    """A dense and a MoE layer of GLM-4.5-Air's width with trained-like weights, LoRA on all linears; loss, and each tensor's cosine."""
+def test_gradients_over_an_fp8_base_point_where_bf16s_do():
+    """A dense and a MoE layer of GLM-4.5-Air's width with trained-like weights, LoRA on all linears, the experts that bf16 chooses:
+
+    of every tensor, FP8 products against bf16 products of the same FP8 weights, and these against the weights in bf16.
+    """
+    from fp8_gradients import cosines, gradients
+
     from glm45_tune.layout import Layout
-    from glm45_tune.mcore import lora, runtime
-    from glm45_tune.mcore.layers.fp8 import quantize_rows
-    from glm45_tune.mcore.layers.weight import keep_turned  # noqa: F401
-    from glm45_tune.mcore.model import GLM45Model, ModelOptions
+    from glm45_tune.mcore import runtime
     from glm45_tune.plan.models import find_spec
-    from glm45_tune.recipe import LoraConfig
 
     runtime.start(Layout())
     spec = dataclasses.replace(find_spec("GLM-4.5-Air")[0], num_layers=2, mtp_num_layers=0, num_moe_experts=32)
-    tokens = torch.randint(0, spec.vocab_size, (1024,), generator=torch.Generator().manual_seed(1)).cuda()
-    found = {}
-    for kept in ("bf16", "fp8"):
-        model = GLM45Model(spec, Layout(), ModelOptions(torch.bfloat16, kept, products)).cuda()
-        lora.attach(model, LoraConfig(r=16, target_modules="all-linear"), seed=1)
-        with torch.no_grad():
-            for number, (name, tensor) in enumerate(model.named_parameters()):
-                generator = torch.Generator("cuda").manual_seed(number)
-                values = torch.empty(tensor.shape, device="cuda").normal_(
-                    float("norm" in name), 0.02, generator=generator
-                )
-                if tensor.dtype == torch.float8_e4m3fn:
-                    module = model.get_submodule(name.rpartition(".")[0])
-                    for part, scale, q in zip(
-                        values.view(-1, *values.shape[-2:]),
-                        module.weight_scale.view(-1, values.shape[-2]),
-                        tensor.view(-1, *values.shape[-2:]),
-                    ):
-                        rows = quantize_rows(part.bfloat16())
-                        scale.copy_(rows.scale)
-                        q.copy_(rows.q)
-                else:
-                    tensor.copy_(values)
-        model.train()
-        losses = model(tokens, torch.arange(1024, device="cuda"), [0, 1024], tokens.roll(-1)[None])
-        losses.mean().backward()
-        found[kept] = (
-            losses.mean().item(),
-            {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None},
-        )
-        del model
-        torch.cuda.empty_cache()
-    (loss, gradients), (loss_fp8, gradients_fp8) = found["bf16"], found["fp8"]
-    assert abs(loss_fp8 - loss) < 0.02
-    cosines = {
-        name: torch.nn.functional.cosine_similarity(gradients[name].flatten(), gradients_fp8[name].flatten(), 0).item()
-        for name in gradients
-    }
-    print({name.removeprefix("decoder.layers."): round(value, 4) for name, value in cosines.items()})
-    assert min(cosines.values()) >= least, min(cosines.items(), key=lambda item: item[1])
+    loss, bf16, routes = gradients(spec, 2048, torch.bfloat16, "bf16", "bf16")
+    loss_cast, cast, _ = gradients(spec, 2048, torch.bfloat16, "fp8", "bf16", routes)
+    loss_fp8, fp8, own = gradients(spec, 2048, torch.bfloat16, "fp8", "fp8", routes)
+    agree = [(own[n].unsqueeze(1) == rows.unsqueeze(2)).any(1).float().mean().item() for n, rows in routes.items()]
+    products, weights = cosines(fp8, cast), cosines(cast, bf16)
+    print(f"losses {loss:.4f} {loss_cast:.4f} {loss_fp8:.4f}; experts that agree {min(agree):.3f}")
+    for name in products:
+        print(f"{name.removeprefix('decoder.layers.')}: products {products[name]:.4f}, weights {weights[name]:.4f}")
+    assert abs(loss_fp8 - loss_cast) < 0.01 and abs(loss_fp8 - loss) < 0.02
+    assert min(products.values()) >= 0.99 and min(weights.values()) >= 0.98

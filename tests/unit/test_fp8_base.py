@@ -1,7 +1,10 @@
 """A frozen base in FP8: the rule of quantization and its products, the weights that come of any checkpoint, and what is refused."""
 
+import dataclasses
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from glm45_tune.errors import CheckpointError, RecipeError
 from glm45_tune.mcore.layers import fp8
 from glm45_tune.mcore.layers.rows import plan_rows
 from glm45_tune.mcore.layers.weight import Cast, Fp8, Plain
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def _draw(*shape, seed=0):
@@ -83,6 +88,22 @@ def test_a_cast_weight_is_the_dequantized_one():
     ours, plain = Cast(*weight, torch.float32), Plain(fp8.dequantize_rows(weight, torch.float32))
     torch.testing.assert_close(ours.product(x, bias), plain.product(x, bias))
     torch.testing.assert_close(ours.input_gradient(gradient), plain.input_gradient(gradient))
+
+
+def test_gradients_over_an_fp8_base_point_where_those_of_exact_products_do(one_rank):
+    """A dense and a MoE layer, LoRA on all linears, the same experts: the cosine of every tensor's gradient at least 0.99."""
+    from fp8_gradients import cosines, gradients
+
+    from glm45_tune.plan.models import find_spec
+
+    small = dict(
+        hidden_size=512, ffn_hidden_size=1024, moe_ffn_hidden_size=176, num_attention_heads=8, num_query_groups=2
+    )
+    small |= dict(num_layers=2, num_moe_experts=8, moe_router_topk=4, vocab_size=512, mtp_num_layers=0)
+    spec = dataclasses.replace(find_spec("GLM-4.5-Air")[0], **small)
+    loss, exact, routes = gradients(spec, 128, torch.float32, "fp8", "bf16")
+    loss_fp8, ours, _ = gradients(spec, 128, torch.float32, "fp8", "fp8", routes)
+    assert abs(loss_fp8 - loss) < 0.01 and min(cosines(ours, exact).values()) >= 0.99
 
 
 @pytest.fixture(scope="module")

@@ -318,7 +318,7 @@ def softmax_gradient_(
     _softmax_gradient[grid](logits, labels, lse, scale, words, HAS_SCALE=scale is not None, BLOCK=4096, num_warps=8)
 
 
-ROWS = 4
+ROWS = 8
 """Rows in succession that one program quantizes: those of one expert read its columns once."""
 
 
@@ -331,6 +331,8 @@ def _quantize(
     inside = column < width
     held = -1
     factors = tl.full((BLOCK,), 1.0, tl.float32)
+    if HAS_COLUMNS and not HAS_EXPERT:
+        factors = tl.load(columns + column, mask=inside, other=0.0)
     for number in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + number
         is_row = row < rows
@@ -338,13 +340,12 @@ def _quantize(
         if SPREAD:
             source = tl.load(slot + row, mask=is_row, other=0).to(tl.int64) // K
         values = tl.load(x + source * width + column, mask=inside & is_row, other=0.0).to(tl.float32)
-        if HAS_COLUMNS:
-            own = 0
-            if HAS_EXPERT:
-                own = tl.load(expert + row, mask=is_row, other=0).to(tl.int32)
+        if HAS_EXPERT:
+            own = tl.load(expert + row, mask=is_row, other=0).to(tl.int32)
             if own != held:
                 factors = tl.load(columns + own.to(tl.int64) * width + column, mask=inside, other=0.0)
                 held = own
+        if HAS_COLUMNS:
             values *= factors
         values, factor = _to_fp8(values)
         tl.store(scale + row, factor, mask=is_row)
@@ -352,22 +353,32 @@ def _quantize(
 
 
 @triton.jit
-def _to_fp8(values):
-    """A row fp32 [BLOCK] → (the row so scaled that its largest value is 448, its scale); NaN and infinity reach the scale."""
-    inverse, scale = _factors(tl.max(tl.abs(values), 0), tl.max((values != values).to(tl.int32), 0))
-    return values * inverse, scale
+def _greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _factors(largest, has_nan):
+def _largest(values):
+    """The largest magnitude of fp32 [BLOCK]; NaN where one is."""
+    return tl.reduce(tl.abs(values), 0, _greater)
+
+
+@triton.jit
+def _factors(largest):
+    """→ (448 over the largest magnitude of a row, its scale); NaN and infinity reach the scale."""
     is_zero = largest < SMALLEST
-    inverse = tl.where(is_zero, 1.0, tl.div_rn(448.0, largest))
-    scale = tl.where(is_zero, 1.0, tl.div_rn(largest, 448.0))
-    return inverse, tl.where(has_nan != 0, float("nan"), scale)
+    return tl.where(is_zero, 1.0, tl.div_rn(448.0, largest)), tl.where(is_zero, 1.0, tl.div_rn(largest, 448.0))
+
+
+@triton.jit
+def _to_fp8(values):
+    """A row fp32 [BLOCK] → (the row so scaled that its largest value is 448, its scale)."""
+    inverse, scale = _factors(_largest(values))
+    return values * inverse, scale
 
 
 def _warps(block: int) -> int:
-    return min(max(block // 1024, 1), 16)
+    return min(max(block // 1024, 1), 8)
 
 
 def quantize_rows(
@@ -430,8 +441,8 @@ def _turn(source, target, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constex
 def turn(q: torch.Tensor, out: torch.Tensor) -> None:
     """Put the transposes of q, one-byte [E, A, B] contiguous, into out [E, B, A]."""
     experts, rows, columns = q.shape
-    grid = (triton.cdiv(columns, 128), triton.cdiv(rows, 128), experts)
-    _turn[grid](q.view(torch.uint8), out.view(torch.uint8), rows, columns, ROWS=128, COLUMNS=128)
+    grid = (triton.cdiv(columns, 128), triton.cdiv(rows, 64), experts)
+    _turn[grid](q.view(torch.uint8), out.view(torch.uint8), rows, columns, ROWS=64, COLUMNS=128, num_warps=8)
 
 
 @triton.jit
@@ -499,61 +510,69 @@ def swiglu_fp8(
     if rows:
         block = triton.next_power_of_2(width)
         _swiglu_fp8[(rows,)](
-            gate_up, weights, out, q, scale, width=width, KEEP=keep, BLOCK=block, num_warps=_warps(2 * block)
+            gate_up, weights, out, q, scale, width=width, KEEP=keep, BLOCK=block, num_warps=_warps(block // 2)
         )
     return out, q, scale
 
 
 @triton.jit
-def _swiglu_backward_fp8(
-    gate_up, weights, gradient, columns, expert, out, weights_out, again, q, scale, rows,
-    width: tl.constexpr, KEEP: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _swiglu_back(
+    gate_up, gradient, columns, factor, out, again, row, first: tl.constexpr, width: tl.constexpr,
+    KEEP: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """From column `first` on → (gradients of gate and up times their columns, what of the row's weight's gradient is here)."""
     kind = gate_up.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    held = -1
-    gate_factors = tl.zeros((BLOCK,), tl.float32)
-    up_factors = tl.zeros((BLOCK,), tl.float32)
-    for number in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + number
-        is_row = row < rows
-        inside = (column < width) & is_row
-        factor = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)
-        at = row * 2 * width + column
-        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
-        upstream = tl.load(gradient + row * width + column, mask=inside, other=0.0).to(tl.float32)
-        own = tl.load(expert + row, mask=is_row, other=-1).to(tl.int32)
-        if own != held:
-            theirs = columns + own.to(tl.int64) * 2 * width + column
-            gate_factors = tl.load(theirs, mask=inside, other=0.0)
-            up_factors = tl.load(theirs + width, mask=inside, other=0.0)
-            held = own
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        tl.store(weights_out + row, tl.sum(upstream * silu * up, 0), mask=is_row)
-        if AGAIN:
-            tl.store(again + row * width + column, (silu * up * factor).to(kind), mask=inside)
-        upstream *= factor
-        gate_out = (upstream * up * (sigmoid + silu * (1.0 - sigmoid))).to(kind)
-        up_out = (upstream * silu).to(kind)
-        if KEEP:
-            tl.store(out + at, gate_out, mask=inside)
-            tl.store(out + at + width, up_out, mask=inside)
-        first, second, row_scale = _two_to_fp8(
-            gate_out.to(tl.float32) * gate_factors, up_out.to(tl.float32) * up_factors
-        )
-        tl.store(scale + row, row_scale, mask=is_row)
-        tl.store(q + at, first.to(q.dtype.element_ty), mask=inside)
-        tl.store(q + at + width, second.to(q.dtype.element_ty), mask=inside)
+    column = first + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(gradient + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    total = tl.sum(upstream * silu * up, 0)
+    if AGAIN:
+        tl.store(again + row * width + column, (silu * up * factor).to(kind), mask=inside)
+    upstream *= factor
+    gate_out = (upstream * up * (sigmoid + silu * (1.0 - sigmoid))).to(kind)
+    up_out = (upstream * silu).to(kind)
+    if KEEP:
+        tl.store(out + at, gate_out, mask=inside)
+        tl.store(out + at + width, up_out, mask=inside)
+    gate_out = gate_out.to(tl.float32) * tl.load(columns + column, mask=inside, other=0.0)
+    up_out = up_out.to(tl.float32) * tl.load(columns + width + column, mask=inside, other=0.0)
+    return gate_out, up_out, total
 
 
 @triton.jit
-def _two_to_fp8(first, second):
-    """`_to_fp8` of a row that comes in two halves."""
-    has_nan = tl.max(((first != first) | (second != second)).to(tl.int32), 0)
-    inverse, scale = _factors(tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0)), has_nan)
-    return first * inverse, second * inverse, scale
+def _swiglu_backward_fp8(
+    gate_up, weights, gradient, columns, expert, out, weights_out, again, q, scale, width: tl.constexpr,
+    KEEP: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    # a row in two powers of two, such as 1024 + 512 for 1408: in one of 2048 a third of the lanes would idle
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(weights + row).to(tl.float32)
+    columns += tl.load(expert + row).to(tl.int64) * 2 * width
+    gate, up, total = _swiglu_back(gate_up, gradient, columns, factor, out, again, row, 0, width, KEEP, AGAIN, BLOCK)
+    largest = _greater(_largest(gate), _largest(up))
+    if REST > 0:
+        gate_rest, up_rest, total_rest = _swiglu_back(
+            gate_up, gradient, columns, factor, out, again, row, BLOCK, width, KEEP, AGAIN, REST
+        )
+        largest = _greater(largest, _greater(_largest(gate_rest), _largest(up_rest)))
+        total += total_rest
+    tl.store(weights_out + row, total)
+    inverse, row_scale = _factors(largest)
+    tl.store(scale + row, row_scale)
+    column = tl.arange(0, BLOCK)
+    at = q + row * 2 * width + column
+    tl.store(at, (gate * inverse).to(q.dtype.element_ty), mask=column < width)
+    tl.store(at + width, (up * inverse).to(q.dtype.element_ty), mask=column < width)
+    if REST > 0:
+        column = BLOCK + tl.arange(0, REST)
+        at = q + row * 2 * width + column
+        tl.store(at, (gate_rest * inverse).to(q.dtype.element_ty), mask=column < width)
+        tl.store(at + width, (up_rest * inverse).to(q.dtype.element_ty), mask=column < width)
 
 
 def swiglu_backward_fp8(
@@ -571,9 +590,10 @@ def swiglu_backward_fp8(
     q = gate_up.new_empty(rows, 2 * width, dtype=torch.float8_e4m3fn)
     scale = gate_up.new_empty(rows, dtype=torch.float32)
     if rows:
-        block = triton.next_power_of_2(width)
-        _swiglu_backward_fp8[(triton.cdiv(rows, ROWS),)](
-            gate_up, weights, gradient, columns, expert, out, weights_out, value, q, scale, rows,
-            width=width, KEEP=keep, AGAIN=again, ROWS=ROWS, BLOCK=block, num_warps=_warps(4 * block),
+        block = triton.next_power_of_2(width + 1) // 2  # the largest that is not more
+        rest = triton.next_power_of_2(width - block) if width > block else 0
+        _swiglu_backward_fp8[(rows,)](
+            gate_up, weights, gradient, columns, expert, out, weights_out, value, q, scale,
+            width=width, KEEP=keep, AGAIN=again, BLOCK=block, REST=rest, num_warps=_warps(4 * block),
         )  # fmt: skip
     return out, weights_out, value, q, scale
