@@ -44,6 +44,12 @@ MORE_KINDS = {
         "train": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
     },
     "fp8": {"model": MODEL | {"frozen_dtype": "fp8"}, "lora": {"r": 4, "target_modules": "all-linear"}},
+    # nothing trains the experts: their rows travel in FP8
+    "fp8-sent": {
+        "model": MODEL | {"frozen_dtype": "fp8"},
+        "lora": {"r": 4, "target_modules": ["linear_qkv", "linear_proj"]},
+        "train": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    },
     "lean": {
         "optimizer": {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16", "optimizer_offload_fraction": 0.5},
     },
@@ -87,6 +93,7 @@ MORE = [
     ("lean", _sizes(2, 1, 2, 1, 2, 1)),
     *(("fp8-weights", _sizes(*sizes)) for sizes in ((2, 1, 2, 1, 2, 1), (1, 2, 1, 1, 2, 2), (2, 1, 1, 1, 1, 2))),
     *(("fp8", _sizes(*sizes)) for sizes in ((1, 1, 2, 2, 2, 1), (2, 2, 1, 1, 2, 1), (1, 1, 1, 1, 2, 2))),
+    *(("fp8-sent", _sizes(*sizes)) for sizes in ((1, 1, 1, 1, 4, 1), (1, 1, 2, 1, 2, 1))),
 ]
 BROKEN = {
     "norms are not summed over tensor ranks": _sizes(2, 1, 1, 1, 1, 1),

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
-from glm45_tune.mcore.layers import weight
+from glm45_tune.mcore.layers import fp8, weight
 from glm45_tune.mcore.layers.grouped import grouped_add_, grouped_mm, grouped_outer
 from glm45_tune.mcore.layers.rows import Plan, at, spread, sum_rows
 
@@ -62,14 +62,15 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, weights, adapters, unread: bool):
+    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, weights, adapters, unread: bool, arrived):
         """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden] and fc2 [E, hidden, F], where they are trained; A1, B1, A2, B2: LoRA
 
         factors or None ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; weights: fc1 and fc2 as `weight.of` gives
-        them; adapters: (scaling, dropout) of each. Returns [T, hidden]; unread: zeros, see `recompute.py`.
+        them; adapters: (scaling, dropout) of each. Returns [T, hidden]; unread: zeros, see `recompute.py`. arrived: x in FP8, and
+        x itself then nothing but its shape; or None.
         """
         first, second = weights
-        kept, rows = first.spread(x, plan, keep=A1 is not None)
+        kept, rows = first.spread(x if arrived is None else arrived, plan, keep=A1 is not None)
         shares = probs.flatten()[plan.slot]
         gate_up = first.grouped(rows, plan)
         kept1 = kept2 = (None, None)
@@ -117,7 +118,7 @@ class Experts(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, edges)
         x_out, probs_out = sum_rows(x_out, plan.place), at(shares_out, plan.place)
-        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None, None, None
+        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, *(None,) * 5
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
@@ -197,20 +198,30 @@ class GroupedExperts(MegatronModule):
             num_local_experts, width, config.hidden_size, config, config.output_layer_init_method, cut_dim=2
         )
 
+    def quantized(self, x: torch.Tensor) -> fp8.Rows | None:
+        """x [T, hidden] in FP8, where that is all that the first product wants of it; else None."""
+        wants_x = not isinstance(weight.of(self.linear_fc1), weight.Fp8) or self.linear_fc1.factors()[1] is not None
+        return None if wants_x else fp8.quantize_rows(x.detach())
+
     def forward(
-        self, x: torch.Tensor, probs: torch.Tensor, plan: Plan, shared: torch.Tensor | None = None, unread: bool = False
+        self,
+        x: torch.Tensor,
+        probs: torch.Tensor,
+        plan: Plan,
+        shared: torch.Tensor | None = None,
+        unread: bool = False,
+        arrived: fp8.Rows | None = None,
     ) -> torch.Tensor:
         """x [T, hidden], probs fp32 [T, K], plan over this rank's experts → [T, hidden], their weighted sum plus shared.
 
-        unread: zeros will do.
+        unread: zeros will do. arrived: what `quantized` gave on the rank that x is of.
         """
         (A1, B1), adapter1 = self.linear_fc1.factors()
         (A2, B2), adapter2 = self.linear_fc2.factors()
-        trained = (
-            linear.weight if linear.weight.requires_grad else None for linear in (self.linear_fc1, self.linear_fc2)
-        )
-        weights = weight.of(self.linear_fc1), weight.of(self.linear_fc2)
-        return Experts.apply(x, probs, *trained, A1, B1, A2, B2, shared, plan, weights, (adapter1, adapter2), unread)
+        linears = self.linear_fc1, self.linear_fc2
+        trained = (linear.weight if linear.weight.requires_grad else None for linear in linears)
+        weights, adapters = tuple(map(weight.of, linears)), (adapter1, adapter2)
+        return Experts.apply(x, probs, *trained, A1, B1, A2, B2, shared, plan, weights, adapters, unread, arrived)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = {}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from glm45_tune.mcore.layers import fast
-from glm45_tune.mcore.layers.rows import Plan
+from glm45_tune.mcore.layers.rows import Plan, spread
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -55,6 +55,13 @@ def quantize_and_spread(x: torch.Tensor, plan: Plan) -> Rows:
         return Rows(*kernels.quantize_and_spread(x.contiguous(), plan.place, plan.slot.numel()))
     rows, token = quantize_rows(x), plan.slot // plan.place.shape[1]
     return Rows(rows.q[token], rows.scale[token])
+
+
+def spread_bytes(q: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """q e4m3 [T, W] → [N, W], each token's row at every place it has."""
+    if q.is_cuda and q.shape[1] % 4 == 0:  # four at a time
+        return spread(q.view(torch.int32), plan).view(FP8)
+    return spread(q.view(torch.uint8), plan).view(FP8)
 
 
 def spread_and_quantize(x: torch.Tensor, columns: torch.Tensor, plan: Plan) -> Rows:

@@ -83,6 +83,8 @@ class Fp8(Plain):
         return fp8.turned(self.value) if self.turned is None else self.turned
 
     def spread(self, x, plan, keep):
+        if isinstance(x, fp8.Rows):  # they came from another rank
+            return None, fp8.Rows(fp8.spread_bytes(x.q, plan), x.scale[plan.slot // plan.place.shape[1]])
         return spread(x, plan) if keep else None, fp8.quantize_and_spread(x, plan)
 
     def spread_gradient(self, gradient, plan, keep):
