@@ -339,6 +339,18 @@ class Recipe(Section):
         return self
 
     @property
+    def asked_rl(self) -> RLConfig:
+        """`rl` of a recipe that has it."""
+        assert self.rl is not None, "not a recipe of reinforcement learning"
+        return self.rl
+
+    @property
+    def asked_preference(self) -> PreferenceConfig:
+        """`preference` of a recipe that has it."""
+        assert self.preference is not None, "not a recipe of preference tuning"
+        return self.preference
+
+    @property
     def kind(self) -> str:
         """What the data are for."""
         return "preference" if self.preference else "rl" if self.rl else "sft"

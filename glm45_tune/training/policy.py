@@ -31,7 +31,7 @@ class PolicyGradient:
     """GRPO and its kin. A `Method`, see loop.py: a step is a rollout and the updates made from it."""
 
     def __init__(self, job: Job, trainer: Trainer):
-        self._job, self._trainer, self._rl = job, trainer, job.recipe.rl
+        self._job, self._trainer, self._rl = job, trainer, job.recipe.asked_rl
         self._engine = (LocalEngine if self._rl.engine.kind == "local" else ServedEngine)(job, trainer)
         self._roller = Roller(job, self._engine)
         self._ahead = Ahead(job, self._engine, self._roller.prompts) if self._rl.staleness else None

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.patterns import frozen
@@ -49,7 +50,7 @@ class Job:
     num_steps: int
     stream: Stream | None
     """Where the training rows come from under data.streaming; `train` then only counts."""
-    tokenizer: object
+    tokenizer: Any
     facts: dict
     """What the run is, on the first rank: see run_directory.py."""
     card: Card | None = None
