@@ -15,12 +15,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor, load
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    apply_factories,
+    apply_factory_merges,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from glm45_tune.conversion.members import shown
 from glm45_tune.conversion.torch_dist import COMMON, FORMAT, Chunks, Part, TorchDistFiles, metadata_of, write_part
 from glm45_tune.errors import CheckpointError, SaveError
 from glm45_tune.mcore.load import sharded_tensors
@@ -196,9 +203,33 @@ def restore(trainer: Trainer, directory: Path) -> None:
     optimizers = _optimizers(trainer)
     for optimizer in optimizers.values():
         optimizer._init_optimizer_states_with_dummy_values()  # torch's Adam has no state to load into before its first step
-    state = load({"optimizer": _state(trainer, is_loading=True)["optimizer"]}, str(directory))["optimizer"]
+    state = _read_state(files, _state(trainer, is_loading=True)["optimizer"])
+    saved = files.read_object(COMMON)
     for number, optimizer in optimizers.items():
-        _load_optimizer(optimizer, state[number])
+        _load_optimizer(optimizer, state[number], _saved_steps(saved, number, directory))
+
+
+def _read_state(files: TorchDistFiles, state: dict) -> dict:
+    """The state with its tensors read. megatron's own `load` would unpickle what a stranger wrote."""
+    sharded, _, factories = load_preprocess(state)
+    tensors, plain = extract_sharded_base(sharded)
+
+    def read(shard: ShardedTensor) -> torch.Tensor:
+        return shard.data.copy_(files.read_key(shard.key, shard.global_offset, shard.local_shape))
+
+    dict_list_map_inplace(read, tensors)
+    return apply_factory_merges(merge(plain, tensors), factories)
+
+
+def _saved_steps(saved: object, number: int, directory: Path) -> float:
+    """How many steps an optimizer had taken when it was saved, of the plain values that a checkpoint keeps."""
+    try:
+        steps = saved[0]["optimizer"][number]["optimizer"]["param_groups"][0]["step"]
+    except (TypeError, LookupError) as error:
+        raise CheckpointError(f"{directory}: does not say how many steps optimizer {number} has taken.") from error
+    if type(steps) not in (int, float) or not 0 <= steps < 2**53:
+        raise CheckpointError(f"{directory}: optimizer {number} has taken {shown(steps)} steps; a number is expected.")
+    return float(steps)
 
 
 def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
@@ -211,16 +242,15 @@ def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
     }
 
 
-def _load_optimizer(optimizer, state: dict) -> None:
+def _load_optimizer(optimizer, state: dict, steps_taken: float) -> None:
     """DistributedOptimizer.load_state_dict. Rates, decay and betas stay the recipe's; of the saved groups only the step count is taken.
 
     Around its one fault with torch's Adam: it takes the step count, a tensor there, for one of the moments. So the step is a
     number while the moments are copied.
     """
     moments = state.pop("param_state")
-    saved = state["optimizer"]["param_groups"]
     state["optimizer"]["param_groups"] = [
-        {**group, "params": [], "step": saved[0]["step"]} for group in optimizer.optimizer.param_groups
+        {**group, "params": [], "step": steps_taken} for group in optimizer.optimizer.param_groups
     ]
     optimizer.load_state_dict(state)
     of_parameter = optimizer.optimizer.state.values()

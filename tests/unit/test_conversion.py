@@ -121,7 +121,7 @@ def test_memory_holds_a_piece_however_large_a_tensor_is(checkpoints, tmp_path, m
         largest[0] = max(largest[0], tensor.nbytes)
         return tensor
 
-    for module in (hf_files, torch_dist):
+    for module in (hf_files, archives):
         monkeypatch.setattr(module, "read_block", counted)
     monkeypatch.setattr(tensors, "PIECE_BYTES", 2**12)
     monkeypatch.setattr(mcore_files, "MAX_CHUNK_BYTES", 2**15)
