@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glm45_tune.conversion import blocks, hf_files, mcore_files, tensors, torch_dist
+from glm45_tune.conversion import archives, blocks, hf_files, mcore_files, tensors
 from glm45_tune.conversion.hf_files import HfDir, plan_hf
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import Row, rows
