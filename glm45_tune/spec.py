@@ -1,11 +1,20 @@
 """The sizes of a GLM-4.5 model, read from the checkpoint's own config.json. No torch, no megatron."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from glm45_tune.documents import read_json
 from glm45_tune.errors import CheckpointError
+
+# what is counted one by one; some fifty times what the largest release has
+_MOST = {
+    "num_hidden_layers": 4096,
+    "first_k_dense_replace": 4096,
+    "num_nextn_predict_layers": 64,
+    "n_routed_experts": 8192,
+}
+_MOST_EXPERTS = 2**17  # of all layers together
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class ModelSpec:
         eos = config.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int for token in eos):
-            raise CheckpointError(f"{where}: eos_token_id is {eos!r}; token ids are expected.")
+            raise CheckpointError(f"{where}: eos_token_id is {_shown(eos)}; token ids are expected.")
         heads, groups = number("num_attention_heads"), number("num_key_value_heads")
         spec = cls(
             num_layers=number("num_hidden_layers"),
@@ -91,6 +100,11 @@ class ModelSpec:
             raise CheckpointError(
                 f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}."
             )
+        if spec.num_layers * spec.num_moe_experts > _MOST_EXPERTS:
+            raise CheckpointError(
+                f"{where}: num_hidden_layers {spec.num_layers} × n_routed_experts {spec.num_moe_experts} are more than "
+                f"{_MOST_EXPERTS} experts; the largest release has 14720."
+            )
         if spec.moe_router_topk > spec.num_moe_experts:
             raise CheckpointError(
                 f"{where}: num_experts_per_tok {spec.moe_router_topk} exceeds n_routed_experts {spec.num_moe_experts}."
@@ -102,7 +116,7 @@ def _flat(config: dict, where: str) -> dict:
     """The config with its rotary keys at the top, after a look at everything that is not ours to compute."""
     if config.get("model_type") != "glm4_moe":
         raise CheckpointError(
-            f'{where}: model_type is {config.get("model_type")!r}; allowed: "glm4_moe" '
+            f'{where}: model_type is {_shown(config.get("model_type"))}; allowed: "glm4_moe" '
             "(GLM-4.5, GLM-4.5-Air, 4.6, 4.7 and their Base releases)."
         )
     if config.get("tie_word_embeddings"):
@@ -112,13 +126,13 @@ def _flat(config: dict, where: str) -> dict:
     flat = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(nested := config.get(key) or {}, dict):
-            raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
+            raise CheckpointError(f"{where}: {key} is {_shown(nested)}; an object or null is expected.")
         flat |= nested
     # older files call it type
     if (kind := flat.get("rope_type", flat.get("type", "default"))) != "default":
-        raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
+        raise CheckpointError(f"{where}: rope_type is {_shown(kind)}; allowed: default.")
     if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"{where}: hidden_act is {activation!r}; allowed: silu.")
+        raise CheckpointError(f"{where}: hidden_act is {_shown(activation)}; allowed: silu.")
     return flat
 
 
@@ -126,10 +140,17 @@ def _number(config: dict, where: str, key: str, kind: type = int, least: int = 1
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing.")
-    if isinstance(value, bool) or not isinstance(value, int | kind) or not least <= value < float("inf"):
+    most = _MOST.get(key, 2**31)
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not least <= value <= most:
         sort = "whole number" if kind is int else "number"
-        raise CheckpointError(f"{where}: {key} is {value!r}; a {sort} from {least} on is expected.")
+        bound = "" if isinstance(value, str) or key not in _MOST else f" to {most}"
+        raise CheckpointError(f"{where}: {key} is {_shown(value)}; a {sort} from {least}{bound or ' on'} is expected.")
     return kind(value)
+
+
+def _shown(value: object) -> str:
+    said = "a number of very many digits" if isinstance(value, int) and value.bit_length() > 128 else repr(value)
+    return said if len(said) <= 100 else f"{said[:100]}…"
 
 
 def read_config(directory: str | Path) -> dict:
@@ -147,13 +168,7 @@ def read_config(directory: str | Path) -> dict:
         raise CheckpointError(
             f"{directory}: no config.json here. Give the folder of a downloaded or converted checkpoint."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds {type(config).__name__}; a JSON object is expected.")
-    return config
+    return read_json(path)
 
 
 def load_spec(directory: str | Path) -> ModelSpec:

@@ -5,7 +5,6 @@ adapters of dense and shared MLPs, and of the experts themselves, are declared a
 stack's lora_A is [E · r, in], expert by expert, and its lora_B [out, r · E], expert fastest.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -15,10 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from glm45_tune.conversion.hf_files import SafetensorsFile
+from glm45_tune.conversion.members import member
 from glm45_tune.conversion.names import Row, is_mtp, rows
 from glm45_tune.conversion.outdir import Beside, file_hash, nothing, read_marker, whole
 from glm45_tune.conversion.tensors import ALL, HfReader, fingerprint, split_row
 from glm45_tune.conversion.torch_dist import TorchDistFiles
+from glm45_tune.documents import read_json
 from glm45_tune.errors import CheckpointError
 from glm45_tune.recipe import LoraConfig
 from glm45_tune.spec import ModelSpec
@@ -204,10 +206,7 @@ class Merged:
             )
         if not path.is_file() or not (self._directory / WEIGHTS).is_file():
             raise CheckpointError(f"{self._directory}: no {CONFIG} with {WEIGHTS} here; not a PEFT adapter.")
-        try:
-            config = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: holds no JSON object: {error}.") from error
+        config = read_json(path)
         if config.get("peft_type") != "LORA":
             raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; allowed: LORA.")
         for key, plain, why in _NOT_PLAIN:
@@ -219,6 +218,9 @@ class Merged:
 
     def _read_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
         """HF tensor name → (lora_A [r, in], lora_B [out, r], scaling)."""
+        for name in (CONFIG, WEIGHTS):
+            member(self._directory, name, CONFIG)
+        SafetensorsFile(self._directory / WEIGHTS)  # which checks its header
         try:
             tensors = load_file(self._directory / WEIGHTS)
         except SafetensorError as error:

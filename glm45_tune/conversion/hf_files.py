@@ -1,6 +1,7 @@
 """Hugging Face checkpoint directories: sharded safetensors with an index, read by slices, and planned."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,24 @@ import torch
 from glm45_tune.conversion import fp8
 from glm45_tune.conversion.blocks import InputFile, read_block
 from glm45_tune.conversion.check import check_tensors
+from glm45_tune.conversion.members import member, shown
 from glm45_tune.conversion.plan import PlannedFile, collector_off, grouped, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, nbytes
+from glm45_tune.documents import parse_json, read_json
 from glm45_tune.errors import CheckpointError
 from glm45_tune.spec import ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+# of a value of every dtype that the format knows, whole bytes a value
+_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+_MAX_HEADER_BYTES = 100_000_000  # as the format says
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,6 +47,7 @@ class Stored:
     code: str
     shape: tuple[int, ...]
     start: int
+    length: int
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -53,6 +65,16 @@ class Stored:
         return read_block(self.file, self.start, self.dtype, self.shape, tuple(low), tuple(high))
 
 
+def _strings(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("something else stands where names and texts are expected")
+    return value
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
 class SafetensorsFile(InputFile):
     """A safetensors file; opening it checks its header against its size."""
 
@@ -60,22 +82,36 @@ class SafetensorsFile(InputFile):
         super().__init__(path)
         try:
             length = int.from_bytes(self.read(0, 8), "little")
-            if length > self.size - 8:
+            if length > min(self.size - 8, _MAX_HEADER_BYTES):
                 raise ValueError(f"its header has {length} bytes, the file {self.size}")
-            header = json.loads(self.read(8, length))
-            header.pop("__metadata__", None)
+            header = parse_json(self.read(8, length))
+            _strings(header.pop("__metadata__", {}))
             self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._check_places(8 + length)
+        except (CheckpointError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
 
     def _entry(self, name: str, entry: dict, data: int) -> Stored:
-        first, last = entry["data_offsets"]
-        shape, code = tuple(entry["shape"]), entry["dtype"]
-        if not 0 <= first <= last <= self.size - data:
-            raise ValueError(f"{name} ends at byte {data + last}, the file at {self.size}")
-        if code in _DTYPES and torch.Size(shape).numel() * _DTYPES[code].itemsize != last - first:
-            raise ValueError(f"{name} has {last - first} bytes, which is no {code} tensor of shape {list(shape)}")
-        return Stored(self, code, shape, data + first)
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{shown(name)} is not described by dtype, shape and data_offsets")
+        shape, offsets, code = entry["shape"], entry["data_offsets"], entry["dtype"]
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or code not in _BYTES:
+            raise ValueError(f"{shown(name)} has dtype {shown(code)}, shape {shown(shape)}, bytes {shown(offsets)}")
+        first, last = offsets
+        if not first <= last <= self.size - data:
+            raise ValueError(f"{shown(name)} ends at byte {data + last}, the file at {self.size}")
+        if math.prod(shape) * _BYTES[code] != last - first:
+            raise ValueError(f"{shown(name)} has {last - first} bytes, which is not a {code} tensor of shape {shape}")
+        return Stored(self, code, tuple(shape), data + first, last - first)
+
+    def _check_places(self, end: int) -> None:
+        """Raise ValueError unless the tensors fill the file from byte `end` on, one after the other."""
+        for name, stored in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].length)):
+            if stored.start != end:
+                raise ValueError(f"{shown(name)} begins at byte {stored.start}, and what is before it ends at {end}")
+            end += stored.length
+        if end != self.size:
+            raise ValueError(f"its tensors end at byte {end}, the file at {self.size}")
 
 
 class HfDir:
@@ -103,20 +139,19 @@ class HfDir:
         weight_map = None
         if index.is_file():
             try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                weight_map = _strings(read_json(index)["weight_map"])
+            except (KeyError, ValueError) as error:
                 raise CheckpointError(f"{index}: not an index with a weight_map ({error}).") from error
         elif not (self.path / "model.safetensors").is_file():
             raise CheckpointError(f"{self.path}: neither {INDEX} nor model.safetensors here. Is the download complete?")
         self.shards: list[str] = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
         held: dict[str, tuple[str, Stored]] = {}
         for shard in self.shards:
-            if not (self.path / shard).is_file():
-                raise CheckpointError(f"{index} names {shard}, which is not in {self.path}. Is the download complete?")
-            held |= {name: (shard, stored) for name, stored in SafetensorsFile(self.path / shard).tensors.items()}
+            file = SafetensorsFile(member(self.path, shard, INDEX))
+            held |= {name: (shard, stored) for name, stored in file.tensors.items()}
         for name, shard in (weight_map or {}).items():
             if name not in held or held[name][0] != shard:
-                raise CheckpointError(f"{index} says that {name} is in {shard}; that file does not hold it.")
+                raise CheckpointError(f"{index} says that {shown(name)} is in {shard}; that file does not hold it.")
         if weight_map and (extra := sorted(held.keys() - weight_map.keys())):
             raise CheckpointError(
                 f"{self.path}/{held[extra[0]][0]} holds {extra[0]}, which {INDEX} does not name ({len(extra)} such)."
@@ -212,7 +247,7 @@ def _header(source: HfReader, sizes: dict[str, int]) -> bytes:
 def plan_side_files(source: HfReader) -> list[PlannedFile]:
     """Tokenizer and template as they are, and config.json: as it is unless what is read is no longer what it describes."""
     path = source.path / "config.json"
-    same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == source.config
+    same = path.is_file() and read_json(path) == source.config
     config = path.read_bytes() if same else (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
-    found = [source.path / name for name in SIDE_FILES if (source.path / name).is_file()]
+    found = [member(source.path, name, "config.json") for name in SIDE_FILES if (source.path / name).is_file()]
     return [literal("config.json", config), *(literal(file.name, file.read_bytes()) for file in found)]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import glm45_tune
-from glm45_tune.errors import UserError, VerificationError
+from glm45_tune.documents import read_json
+from glm45_tune.errors import CheckpointError, UserError, VerificationError
 
 MARKER = "glm45_tune.json"
 # adds files to a directory before it appears
@@ -65,8 +66,8 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
 def read_marker(directory: Path) -> dict | None:
     """What glm45_tune.json says, None where there is none or it is not whole."""
     try:
-        return dict(json.loads((directory / MARKER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_json(directory / MARKER)
+    except CheckpointError:
         return None
 
 

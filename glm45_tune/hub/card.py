@@ -10,6 +10,7 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glm45_tune.conversion.outdir import MARKER
+from glm45_tune.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from glm45_tune.errors import UserError
 from glm45_tune.hub.curves import draw, read_metrics
 from glm45_tune.hub.serving import serving
@@ -245,12 +246,15 @@ def _last_name(source: str) -> str:
 
 def _front_matter(path: Path) -> dict:
     """What stands between the first two `---` of a card, if there is one that can be read."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(MAX_YAML_BYTES)
     if not text.startswith("---\n"):
         return {}
     try:
-        found = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+        found = parse_yaml(text[4:].partition("\n---")[0])
+    except DocumentError:
         return {}
     return found if isinstance(found, dict) else {}
 

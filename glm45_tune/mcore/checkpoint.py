@@ -29,6 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from glm45_tune.conversion.members import shown
 from glm45_tune.conversion.torch_dist import COMMON, FORMAT, Chunks, Part, TorchDistFiles, metadata_of, write_part
+from glm45_tune.documents import read_json
 from glm45_tune.errors import CheckpointError, SaveError
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.mcore.step import Trainer
@@ -155,10 +156,7 @@ def _size_and_sum(path: Path) -> list[int]:
 
 def saved_facts(directory: Path) -> dict:
     """What a complete checkpoint was saved with. Raises CheckpointError when that cannot be read."""
-    try:
-        return json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / COMPLETE} cannot be read: {error}") from error
+    return read_json(directory / COMPLETE)
 
 
 def find_fault(directory: Path, group: dist.ProcessGroup) -> str | None:

@@ -62,7 +62,9 @@ class Worker:
         self._one_by_one, self._batched = True, False
         self._home = tempfile.TemporaryDirectory(prefix="glm45_tune_reward_")
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ}
-        path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+        # the working directory last, and for a module of the user's alone: no file there stands in for a library's
+        own = [os.getcwd()] if ":" in self._config.function else []
+        path = os.pathsep.join([*filter(None, sys.path), *own])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "glm45_tune.rl.sandbox", self._config.model_dump_json(), str(self._timeout)],
             stdin=subprocess.PIPE,

@@ -52,7 +52,7 @@ FAULTS = {
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not JSON"]),
     "absent shard": (
         lambda d: (d / "model-00002-of-00006.safetensors").unlink(),
-        ["model-00002-of-00006.safetensors", "not in"],
+        ["model-00002-of-00006.safetensors", "not a file there"],
     ),
     "truncated shard": (_truncate, ["model-00003-of-00006.safetensors", "not a whole safetensors file"]),
     "missing tensor": (lambda d: _edit_tensors(d, lambda t: t.pop(O_PROJ)), [O_PROJ, "missing"]),
