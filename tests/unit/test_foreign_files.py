@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from glm45_tune.conversion.adapter import Merged
 from glm45_tune.conversion.hf_files import INDEX, HfDir, SafetensorsFile
 from glm45_tune.conversion.stream import convert, open_model
+from glm45_tune.data import deadline
+from glm45_tune.data.chat import ChatRenderer, load_tokenizer
 from glm45_tune.documents import DocumentError, parse_yaml
 from glm45_tune.errors import CheckpointError, UserError
-from glm45_tune.recipe import Recipe
+from glm45_tune.recipe import DataConfig, Recipe
 
 
 @pytest.fixture
@@ -254,3 +256,83 @@ def test_an_adapters_files_are_checked_too(checkpoints, tmp_path):
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="nested too deep"):
         Merged(HfDir(checkpoints["air"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        {"(a|a)*(a|a)*(a|aa)+(x+x+)+y": 2},
+        {"(.*)*(.*)*(.*)*(.*)*(.*)*(.*)*(.*)*(.*)*\\1x": 2},
+        {"(": 2},
+        {"(" * 300: 2},
+        {"x" * 10_000: 2},
+        {"q_proj": "2"},
+        {"q_proj": True},
+        {"q_proj": 10**400},
+        {"q_proj": float("nan")},
+        ["q_proj"],
+        "q_proj",
+        7,
+    ],
+)
+def test_a_pattern_of_somebody_else_is_bounded(checkpoints, tmp_path, alpha):
+    name = "base_model.model.model.layers.0.self_attn.o_proj"
+    shape = HfDir(checkpoints["air"]).shape("model.layers.0.self_attn.o_proj.weight")
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, shape[1]), f"{name}.lora_B.weight": torch.ones(shape[0], 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": alpha}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    begin = time.monotonic()
+    try:
+        Merged(HfDir(checkpoints["air"]), tmp_path)
+    except CheckpointError as error:
+        assert len(str(error)) < 1500
+    else:
+        assert any("*" in pattern for pattern in alpha)  # strange, and it ended
+    assert time.monotonic() - begin < 20
+
+
+TOKENIZERS = {
+    "tokenizer.json is deep": ("tokenizer.json", "[" * 100_000),
+    "tokenizer.json is a list": ("tokenizer.json", "[]"),
+    "tokenizer.json is empty": ("tokenizer.json", ""),
+    "tokenizer_config.json is deep": ("tokenizer_config.json", '{"a":' * 100_000),
+    "tokenizer_config.json is a list": ("tokenizer_config.json", "[1]"),
+}
+
+
+@pytest.mark.parametrize("fault", TOKENIZERS)
+def test_a_tokenizer_of_somebody_else_is_a_sentence(broken, tmp_path, fault):
+    name, text = TOKENIZERS[fault]
+    (broken / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(broken)
+    assert len(str(caught.value)) < 1000
+
+
+def test_code_that_a_tokenizer_brings_is_not_run(broken, tmp_path):
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (broken / "tokenizer_config.json").write_text(json.dumps(config))
+    (broken / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    load_tokenizer(broken)
+    assert not (tmp_path / "ran").exists()
+
+
+TEMPLATES = {
+    "for ever": "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}{% endfor %}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "code": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "a range": "{% for a in range(10 ** 12) %}{% endfor %}",
+    "broken": "{% if %}",
+}
+
+
+@pytest.mark.parametrize("fault", TEMPLATES)
+def test_a_template_of_somebody_else_is_a_sentence(broken, monkeypatch, fault):
+    monkeypatch.setattr(deadline.in_time, "__defaults__", (1.0,))
+    (broken / "chat_template.jinja").write_text(TEMPLATES[fault])
+    with pytest.raises(UserError) as caught:
+        ChatRenderer(load_tokenizer(broken), DataConfig(train="x"))
+    assert len(str(caught.value)) < 1000
