@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from glm45_tune.errors import CheckpointError
 
 MAX_JSON_BYTES = 2**27  # an index of 355B has 4 MB, its tokenizer 20
 MAX_YAML_BYTES = 2**18
+_MAX_JSON_DEPTH = 64
 _MAX_YAML_NODES = 20_000  # with every alias written out
 
 
@@ -29,14 +31,21 @@ def parse_json(text: str | bytes) -> dict:
         raise DocumentError(f"not JSON: {error}") from error
     if not isinstance(found, dict):
         raise DocumentError(f"holds {type(found).__name__}; a JSON object is expected")
+    level: list[object] = [found]
+    for _ in range(_MAX_JSON_DEPTH):  # what is read shall also be written again, from deep within a program
+        inner = [
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        ]
+        level = [value for values in inner for value in values]
+    if level:
+        raise DocumentError("not JSON: it is nested too deep")
     return found
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise DocumentError(f"not JSON that can be trusted: the key {ascii(twice)[:100]} stands in it twice")
     return found
 

@@ -15,7 +15,8 @@ from glm45_tune.conversion.members import shown
 from glm45_tune.conversion.pickles import Maker, PickleError, Record, load, record
 from glm45_tune.errors import CheckpointError
 
-_MAX_BYTES = 2**24  # of what an archive holds besides values
+# of what an archive holds besides values: of a tensor's, which has some two thousand, and of an object's
+_TENSOR_BYTES, _OBJECT_BYTES = 2**15, 2**24
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -55,7 +56,7 @@ class Stored:
 
 def find_tensor(file: InputFile, offset: int, length: int, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
     """Where the tensor lies that is archived in these bytes of a file. Raises CheckpointError unless it is this one."""
-    archive = _Archive(file, offset, length)
+    archive = _Archive(file, offset, length, _TENSOR_BYTES)
     tensor = archive.pickle()
     try:
         if not isinstance(tensor, Record) or tensor.kind != "tensor":
@@ -85,15 +86,15 @@ def _fits(first: object, sizes: object, strides: object, count: object) -> bool:
 
 def find_object(file: InputFile, offset: int, length: int) -> object:
     """The plain value that is archived in these bytes of a file; a tensor in it is a Record."""
-    return _Archive(file, offset, length).pickle()
+    return _Archive(file, offset, length, _OBJECT_BYTES).pickle()
 
 
 class _Archive:
     """An archive of torch.save. Raises CheckpointError."""
 
-    def __init__(self, file: InputFile, offset: int, length: int):
+    def __init__(self, file: InputFile, offset: int, length: int, most: int):
         self._file, self._offset, self._length = file, offset, length
-        self._view = _View(file, offset, length)
+        self._view = _View(file, offset, length, most)
         try:
             self._members = {info.filename.partition("/")[2]: info for info in zipfile.ZipFile(self._view).infolist()}
             order = self._member("byteorder") if "byteorder" in self._members else b"little"
@@ -166,16 +167,16 @@ def _storage(said: object) -> Record:
 class _View(io.RawIOBase):
     """A range of a file as a file of its own, of which no more is read than an archive has around its values."""
 
-    def __init__(self, file: InputFile, start: int, length: int):
+    def __init__(self, file: InputFile, start: int, length: int, most: int):
         self._file, self._start, self._length, self._position = file, start, length, 0
-        self._left = _MAX_BYTES
+        self._most = self._left = most
 
     def range(self, start: int, size: int) -> bytes:
         if not 0 <= start <= start + size <= self._length:
             raise ValueError("it is longer than its place")
         self._left -= size
         if self._left < 0:
-            raise ValueError(f"it holds more than {_MAX_BYTES} bytes besides values")
+            raise ValueError(f"it holds more than {self._most} bytes besides values")
         return self._file.read(self._start + start, size)
 
     def read(self, size: int = -1) -> bytes:

@@ -23,12 +23,18 @@ _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+_MAX_DIMENSIONS = 64
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 
 
 def _size(arguments: tuple) -> tuple[int, ...]:
     (values,) = arguments
-    if type(values) is not tuple or any(type(value) is not int or not 0 <= value < 2**63 for value in values):
+    # a long tuple could be named again and again, and each time be walked
+    if (
+        type(values) is not tuple
+        or len(values) > _MAX_DIMENSIONS
+        or any(type(value) is not int or not 0 <= value < 2**63 for value in values)
+    ):
         raise PickleError("a shape in it is not made of sizes")
     return values
 

@@ -137,6 +137,8 @@ def test_a_hub_caches_own_links_are_followed(checkpoints, tmp_path):
 FILES = {
     "deep": "[" * 100_000,
     "deep objects": '{"a":' * 100_000,
+    "deep and whole": '{"a":' * 300 + "1" + "}" * 300,
+    "a key twice, among many": "{" + "".join(f'"{n}":0,' for n in range(100_000)) + '"0":1}',
     "a list": "[]",
     "no UTF-8": b"\xff\xfe{}",
     "digits": '{"hidden_size": ' + "9" * 5000 + "}",

@@ -120,6 +120,11 @@ BOMBS = {
     "tuples in tuples": b"\x80\x04}" + b")" + b"\x85" * 200_000 + b"Ns.",
     "lists in lists": b"\x80\x04" + b"]" * 300 + b"a" * 299 + b".",
     "a deep key": b"\x80\x04}N" + b"\x85" * 900 + b"Ns.",
+    "a long shape again and again": b"\x80\x04\x8c\x05torch\x8c\x04Size\x93\x94("
+    + b"K\x01" * 100_000
+    + b"t\x94\x85\x94"
+    + b"h\x00h\x02R" * 10_000
+    + b".",
     "no end": b"\x80\x04N",
     "nothing": b"",
     "bytes": b"\x80\x04C\x01x.",
