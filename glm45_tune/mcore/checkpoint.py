@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from glm45_tune.conversion.members import shown
+from glm45_tune.conversion.members import member, shown
 from glm45_tune.conversion.torch_dist import COMMON, FORMAT, Chunks, Part, TorchDistFiles, metadata_of, write_part
 from glm45_tune.documents import read_json
 from glm45_tune.errors import CheckpointError, SaveError
@@ -159,13 +159,23 @@ def saved_facts(directory: Path) -> dict:
     return read_json(directory / COMPLETE)
 
 
+def _saved_files(directory: Path) -> dict[str, list[int]]:
+    """Name → size and CRC-32 of every file that the checkpoint was saved with."""
+    files = saved_facts(directory).get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(sums, list) and len(sums) == 2 for sums in files.values()):
+        raise CheckpointError(f"{COMPLETE} does not say what was written")
+    for name in files:
+        member(directory, name, COMPLETE)
+    return files
+
+
 def find_fault(directory: Path, group: dist.ProcessGroup) -> str | None:
     """What is wrong with a checkpoint on the disk, or None; its files are read by all ranks of the group, each its share."""
     fault = None
     try:
         if not (directory / COMPLETE).is_file():
             raise CheckpointError(f"it has no {COMPLETE}: it was not written to its end")
-        for name, (size, crc) in sorted(saved_facts(directory).get("files", {}).items())[group.rank() :: group.size()]:
+        for name, (size, crc) in sorted(_saved_files(directory).items())[group.rank() :: group.size()]:
             found = _size_and_sum(directory / name)
             if found[0] != size:
                 raise CheckpointError(f"{name} holds {found[0]:,} bytes, {size:,} were written")

@@ -16,6 +16,7 @@ from glm45_tune.data import deadline
 from glm45_tune.data.chat import ChatRenderer, load_tokenizer
 from glm45_tune.documents import DocumentError, parse_yaml
 from glm45_tune.errors import CheckpointError, UserError
+from glm45_tune.mcore.checkpoint import _saved_files
 from glm45_tune.recipe import DataConfig, Recipe
 
 
@@ -338,3 +339,30 @@ def test_a_template_of_somebody_else_is_a_sentence(broken, monkeypatch, fault):
     with pytest.raises(UserError) as caught:
         ChatRenderer(load_tokenizer(broken), DataConfig(train="x"))
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        7,
+        [],
+        {"a": 7},
+        {"a": {"size": "7", "sha256": "x"}},
+        {"../a": {"size": 0, "sha256": "x"}},
+        {"/a": {"size": 0, "sha256": ""}},
+    ],
+)
+def test_a_marker_of_somebody_else_names_files_of_its_directory(broken, cli, files):
+    (broken / "glm45_tune.json").write_text(json.dumps({"kind": "hf", "files": files}))
+    for command in (("verify", broken), ("convert", "--to-mcore", "--model", broken, "--output", broken)):
+        code, _, err = cli(*command)
+        assert code == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "files", [7, {"../x": [0, 0]}, {"config.json": 1}, {"config.json": [1, 2, 3]}, {"absent": [0, 0]}]
+)
+def test_a_checkpoint_of_somebody_else_is_not_whole_by_its_word(broken, files):
+    (broken / "complete.json").write_text(json.dumps({"step": 1, "files": files}))
+    with pytest.raises(CheckpointError):
+        _saved_files(broken)
