@@ -223,7 +223,7 @@ class Merged:
             )
         for key, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
             if type(alpha) not in (int, float) or not -(2**31) < alpha < 2**31:
-                raise CheckpointError(f"{path}: {shown(key)} is {shown(alpha)}; a number is expected.")
+                raise CheckpointError(f"{path}: {shown(key)[1:-1]} is {shown(alpha)}; a number is expected.")
         return config
 
     def _compiled(self) -> dict[regex.Pattern, float]:
