@@ -5,8 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
+from glm45_tune.console import Terminal
 from glm45_tune.errors import LayoutError, UserError
 from glm45_tune.plan import planner, report, slurm
 from glm45_tune.plan.cards import CARDS, Card, find_card
@@ -100,10 +99,10 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
             print(warning, file=sys.stderr)
 
 
-def _console() -> Console:
+def _console() -> Terminal:
     """As wide as the terminal; wide enough for the tables in a file. A path may hold what looks like markup."""
-    width = None if Console().is_terminal else 140
-    return Console(width=width, markup=False, emoji=False)
+    width = None if Terminal().is_terminal else 140
+    return Terminal(width=width, markup=False, emoji=False)
 
 
 def _plan(question: Question, card: Card) -> Plan:

@@ -23,7 +23,7 @@ from glm45_tune.redaction import HIDDEN, references, resolved, secret_places, te
 from glm45_tune.rl.rewards import check_columns, check_rewards
 from glm45_tune.rl.sandbox import check_functions
 from glm45_tune.training import run_directory
-from glm45_tune.training.metrics import check_trackers
+from glm45_tune.training.trackers import check_trackers
 
 _BY_ENVIRONMENT = (
     "Leave it out: the server has this command's environment and can read it there (vLLM: VLLM_API_KEY); "

@@ -100,7 +100,7 @@ FAULTS = {
     ),
     "card": (["--gpu", "b100"], ["unknown card", "Did you mean", "memory_gib=…"]),
     "card by half": (["--gpu", "memory_gib=48"], ["tflops, bandwidth_gb_s, link_gb_s missing"]),
-    "card by nonsense": (["--gpu", "h100:memory_gib=-1"], ["no KEY=NUMBER above 0"]),
+    "card by nonsense": (["--gpu", "h100:memory_gib=-1"], ["not NAME=NUMBER above 0"]),
     "memory": (["--gpu", "a100", "model.path=GLM-4.5"], ["GiB of 79.2", "weights", "Nearest that fits", "× a100"]),
     "model": (["model.path=/nope/GLM-9"], ["no such directory", "GLM-4.5-Air"]),
     "script without a card": (["--sbatch"], ["--gpu"]),
