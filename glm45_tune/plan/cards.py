@@ -23,6 +23,11 @@ class Card:
     node_link_gb_s: float = 50.0
     """Between hosts, one direction, a card: one 400 Gb/s adapter each. Of your network, not of the card."""
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether it multiplies in FP8. Those that do not are named; a card that is described is taken to."""
+        return self.name not in ("a100", "a800")
+
 
 CARDS = {
     card.name: card

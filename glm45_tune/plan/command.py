@@ -10,7 +10,7 @@ from glm45_tune.errors import LayoutError, UserError
 from glm45_tune.plan import planner, report, slurm
 from glm45_tune.plan.cards import CARDS, Card, find_card
 from glm45_tune.plan.memory import GIB
-from glm45_tune.plan.models import find_spec
+from glm45_tune.plan.models import find_spec, is_fp8
 from glm45_tune.plan.planner import Hardware, Plan
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
@@ -64,6 +64,8 @@ def ask(request: Request) -> Question:
         raise UserError(
             f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
         )
+    if recipe.model.frozen_dtype == "auto" and recipe.lora is not None and is_fp8(recipe.model.path):
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"frozen_dtype": "fp8"})})
     return Question(request, recipe, spec, origin, request.gpus or recipe.parallel.layout().world_size)
 
 
