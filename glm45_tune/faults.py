@@ -2,10 +2,12 @@
 
 import difflib
 import re
+import reprlib
 
 import yaml
 from pydantic import BaseModel
 
+from glm45_tune.documents import DocumentError, parse_yaml
 from glm45_tune.errors import RecipeError
 
 
@@ -35,9 +37,9 @@ def override(document: dict, text: str) -> None:
         document.pop("train", None)
         document.pop("source", None)
     try:
-        document[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
+        document[last] = parse_yaml(value)
+    except DocumentError as error:
+        raise RecipeError(f"{text[:200]!r}: the value is {error}") from error
 
 
 def explain(faults: list[dict], recipe: type[BaseModel]) -> list[str]:
@@ -75,8 +77,17 @@ def _sentence(place: tuple, faults: list[dict], recipe: type[BaseModel]) -> str:
     messages = (fault["msg"].removeprefix("Value error, ") for fault in faults)
     first, *others = (re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message) for message in messages)
     message = first + "".join(f" or {other.removeprefix('Input should be ')}" for other in others)
-    came = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
+    came = "" if fault["type"] == "value_error" else f" (got {_shown(fault['input'])})"
     return f"{where}: {message}{came}." if where else f"{message}{came}."
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: cut where it is long."""
+    shown = reprlib.Repr(maxlevel=3, maxdict=6, maxlist=6, maxstring=120, maxother=120, maxlong=40)
+    try:
+        return shown.repr(value)
+    except ValueError:  # Python refuses to write out a number of so many digits
+        return "a number of very many digits"
 
 
 def _keys_at(model: type[BaseModel], location: tuple[str, ...]) -> list[str]:

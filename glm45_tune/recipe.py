@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
+from glm45_tune.documents import DocumentError, parse_yaml
 from glm45_tune.errors import RecipeError
 from glm45_tune.faults import UniqueKeys, explain, override
 from glm45_tune.layout import Layout
@@ -396,9 +397,13 @@ class Recipe(Section):
         if not path.is_file():
             raise RecipeError(f"{path}: {'a directory, not a recipe' if path.is_dir() else 'no such recipe'}.")
         try:
-            document = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+            document = parse_yaml(path.read_text(encoding="utf-8"), UniqueKeys)
+        except UnicodeDecodeError as error:
             raise RecipeError(f"{path}: not YAML: {error}") from error
+        except DocumentError as error:
+            raise RecipeError(f"{path}: {error}") from error
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from error
         if not isinstance(document, dict):
             raise RecipeError(f"{path}: holds {type(document).__name__}; a recipe is a mapping of sections.")
         for text in overrides:

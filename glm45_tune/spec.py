@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from glm45_tune.errors import CheckpointError
-from glm45_tune.foreign import is_own, read_json, short
+from glm45_tune.foreign import check_own, read_json, shown
 from glm45_tune.quoting import path_argument
 
 LARGEST = 2**31
@@ -73,7 +73,7 @@ class ModelSpec:
         eos = config.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int for token in eos):
-            raise CheckpointError(f"{where}: eos_token_id is {eos!r}; token ids are expected.")
+            raise CheckpointError(f"{where}: eos_token_id is {shown(eos)}; token ids are expected.")
         heads, groups = number("num_attention_heads"), number("num_key_value_heads")
         spec = cls(
             num_layers=number("num_hidden_layers"),
@@ -105,6 +105,10 @@ class ModelSpec:
                 f"{where}: {depth:,} layers of {spec.num_moe_experts:,} experts; at most {MOST_LAYERS:,} layers and "
                 f"{MOST_EXPERTS:,} experts in all are expected (GLM-4.5 has 93 and 14,400)."
             )
+        if spec.num_dense_layers > spec.num_layers:
+            raise CheckpointError(
+                f"{where}: first_k_dense_replace {spec.num_dense_layers:,} exceeds num_hidden_layers {spec.num_layers:,}."
+            )
         if heads % groups:
             raise CheckpointError(
                 f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}."
@@ -120,7 +124,7 @@ def _flat(config: dict, where: str) -> dict:
     """The config with its rotary keys at the top, after a look at everything that is not ours to compute."""
     if config.get("model_type") != "glm4_moe":
         raise CheckpointError(
-            f'{where}: model_type is {config.get("model_type")!r}; allowed: "glm4_moe" '
+            f'{where}: model_type is {shown(config.get("model_type"))}; allowed: "glm4_moe" '
             "(GLM-4.5, GLM-4.5-Air, 4.6, 4.7 and their Base releases)."
         )
     if config.get("tie_word_embeddings"):
@@ -130,18 +134,16 @@ def _flat(config: dict, where: str) -> dict:
     flat = dict(config)  # transformers 5 nests the two rotary keys, older files have them flat
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(nested := config.get(key) or {}, dict):
-            raise CheckpointError(f"{where}: {key} is {nested!r}; an object or null is expected.")
+            raise CheckpointError(f"{where}: {key} is {shown(nested)}; an object or null is expected.")
         flat |= nested
     # older files call it type
     if (kind := flat.get("rope_type", flat.get("type", "default"))) != "default":
-        raise CheckpointError(f"{where}: rope_type is {kind!r}; allowed: default.")
+        raise CheckpointError(f"{where}: rope_type is {shown(kind)}; allowed: default.")
     for key, known in _FIXED.items():
         if config.get(key) is not None and config[key] != known:
-            raise CheckpointError(
-                f"{where}: {key} is {short(repr(config[key]))}; allowed: {known!r}, as in every GLM-4.5."
-            )
+            raise CheckpointError(f"{where}: {key} is {shown(config[key])}; allowed: {known!r}, as in every GLM-4.5.")
     if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"{where}: hidden_act is {activation!r}; allowed: silu.")
+        raise CheckpointError(f"{where}: hidden_act is {shown(activation)}; allowed: silu.")
     return flat
 
 
@@ -181,9 +183,7 @@ def _number(config: dict, where: str, key: str, kind: type = int, least: int = 1
         raise CheckpointError(f"{where}: {key} is missing.")
     if isinstance(value, bool) or not isinstance(value, int | kind) or not least <= value <= LARGEST:
         sort = "whole number" if kind is int else "number"
-        raise CheckpointError(
-            f"{where}: {key} is {short(repr(value))}; a {sort} from {least} to {LARGEST:,} is expected."
-        )
+        raise CheckpointError(f"{where}: {key} is {shown(value)}; a {sort} from {least} to {LARGEST:,} is expected.")
     return kind(value)
 
 
@@ -203,8 +203,7 @@ def read_config(directory: str | Path) -> dict:
         raise CheckpointError(
             f"{directory}: no config.json here. Give the folder of a downloaded or converted checkpoint."
         )
-    if not is_own(Path(directory), path):
-        raise CheckpointError(f"{path}: a link to a file elsewhere; every file of a checkpoint is expected in it.")
+    check_own(path)
     return read_json(path)
 
 

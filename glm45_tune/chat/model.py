@@ -43,7 +43,7 @@ class ChatModel:
         device_map = device_map or ("auto" if torch.cuda.is_available() else None)
         try:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(model), dtype="auto", device_map=device_map
+                str(model), dtype="auto", device_map=device_map, use_safetensors=True, trust_remote_code=False
             )
         except (
             ValueError,

@@ -5,27 +5,31 @@ adapters of dense and shared MLPs, and of the experts themselves, are declared a
 stack's lora_A is [E · r, in], expert by expert, and its lora_B [out, r · E], expert fastest.
 """
 
-import json
 import math
 import re
+import time
 from collections import defaultdict
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from glm45_tune.conversion.hf_files import SafetensorsFile
 from glm45_tune.conversion.names import Row, is_mtp, rows
 from glm45_tune.conversion.outdir import Beside, file_hash, nothing, read_marker, whole
 from glm45_tune.conversion.tensors import ALL, HfReader, fingerprint, split_row
 from glm45_tune.conversion.torch_dist import TorchDistFiles
 from glm45_tune.errors import CheckpointError
+from glm45_tune.foreign import member, read_json, short, shown
 from glm45_tune.recipe import LoraConfig
 from glm45_tune.spec import ModelSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _BLOCK_ROWS = 512
+_PATTERN_SECONDS, _MAX_PATTERN = 5.0, 500
 # what a LoRA may have that is more than base + scaling · B · A: (key, which values are harmless, why not)
 _NOT_PLAIN = (
     ("use_dora", lambda value: False, "DoRA scales each row by a norm of its own"),
@@ -182,6 +186,7 @@ class Merged:
         self.base, self.spec, self.path, self.config = base, base.spec, base.path, base.config
         self._directory = Path(adapter)
         self._lora = self._read_config()
+        self._patterns, self._seconds = self._compiled(), _PATTERN_SECONDS
         check_base(adapter, base)
         self._factors = self._read_factors()
 
@@ -204,21 +209,54 @@ class Merged:
             )
         if not path.is_file() or not (self._directory / WEIGHTS).is_file():
             raise CheckpointError(f"{self._directory}: no {CONFIG} with {WEIGHTS} here; not a PEFT adapter.")
-        try:
-            config = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: holds no JSON object: {error}.") from error
+        config = read_json(path)
         if config.get("peft_type") != "LORA":
-            raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; allowed: LORA.")
+            raise CheckpointError(f"{path}: peft_type is {shown(config.get('peft_type'))}; allowed: LORA.")
         for key, plain, why in _NOT_PLAIN:
             if (value := config.get(key)) and not plain(value):
-                raise CheckpointError(f"{path}: {key} is {value!r}, which cannot be merged: {why}.")
-        if not isinstance(alpha := config.get("lora_alpha"), int | float) or isinstance(alpha, bool):
-            raise CheckpointError(f"{path}: lora_alpha is {alpha!r}; a number is expected.")
+                raise CheckpointError(f"{path}: {key} is {shown(value)}, which cannot be merged: {why}.")
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(
+                f"{path}: alpha_pattern is {shown(patterns)}; patterns with a number each are expected."
+            )
+        for key, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
+            if type(alpha) not in (int, float) or not -(2**31) < alpha < 2**31:
+                raise CheckpointError(f"{path}: {short(key)} is {shown(alpha)}; a number is expected.")
         return config
+
+    def _compiled(self) -> dict[regex.Pattern, float]:
+        """The patterns of alpha_pattern, with their numbers."""
+        found = {}
+        for pattern, alpha in (self._lora.get("alpha_pattern") or {}).items():
+            try:
+                if len(pattern) > _MAX_PATTERN:
+                    raise regex.error(f"longer than {_MAX_PATTERN} characters", pattern)
+                found[regex.compile(rf"(.*\.)?({pattern})$")] = alpha
+            except (regex.error, RecursionError, OverflowError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self._directory / CONFIG}: alpha_pattern {shown(pattern)} is not a regular expression: {error}."
+                ) from error
+        return found
+
+    def _matches(self, pattern: regex.Pattern, name: str) -> bool:
+        """Does a pattern of somebody else match? All of them together have so many seconds: one may take for ever."""
+        began = time.monotonic()
+        try:
+            return bool(pattern.match(name, timeout=max(self._seconds, 0.001)))
+        except (TimeoutError, MemoryError) as error:
+            raise CheckpointError(
+                f"{self._directory / CONFIG}: alpha_pattern {shown(pattern.pattern)} takes longer than {_PATTERN_SECONDS} s "
+                "to compare with the names of the weights. Write it more simply."
+            ) from error
+        finally:
+            self._seconds -= time.monotonic() - began
 
     def _read_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
         """HF tensor name → (lora_A [r, in], lora_B [out, r], scaling)."""
+        for name in (CONFIG, WEIGHTS):
+            member(self._directory, name, CONFIG)
+        SafetensorsFile(self._directory / WEIGHTS)  # which checks its header
         try:
             tensors = load_file(self._directory / WEIGHTS)
         except SafetensorError as error:
@@ -238,7 +276,7 @@ class Merged:
             if module.endswith((".experts", ".experts.base_layer")):
                 factors |= self._of_stack(module, lora_A, lora_B)
             else:
-                if lora_A.shape[0] != lora_B.shape[1]:
+                if {lora_A.ndim, lora_B.ndim} != {2} or lora_A.shape[0] != lora_B.shape[1] or not lora_A.shape[0]:
                     raise CheckpointError(
                         f"{self._directory / WEIGHTS}: {key} {tuple(lora_A.shape)} and its lora_B {tuple(lora_B.shape)} differ in rank."
                     )
@@ -256,6 +294,11 @@ class Merged:
 
     def _of_stack(self, module: str, lora_A, lora_B) -> dict:
         front = module.removesuffix(".base_layer")
+        if {lora_A.ndim, lora_B.ndim} != {2} or lora_A.shape[0] != lora_B.shape[1] or not lora_A.shape[0]:
+            raise CheckpointError(
+                f"{self._directory / WEIGHTS}: lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} of {module} differ in "
+                "rank."
+            )
         # PEFT names only the module; which of its two parameters is meant shows in the widths
         shape = lora_B.shape[0], lora_A.shape[1]
         hidden, inner = self.spec.hidden_size, self.spec.moe_ffn_hidden_size
@@ -278,8 +321,8 @@ class Merged:
 
     def _scaling(self, name: str, rank: int) -> float:
         alpha = self._lora["lora_alpha"]
-        for pattern, value in (self._lora.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
+        for pattern, value in self._patterns.items():
+            if self._matches(pattern, name):
                 alpha = value
         return alpha / (math.sqrt(rank) if self._lora.get("use_rslora") else rank)
 

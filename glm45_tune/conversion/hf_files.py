@@ -13,13 +13,21 @@ from glm45_tune.conversion.check import check_tensors
 from glm45_tune.conversion.names import with_copies_of
 from glm45_tune.conversion.plan import PlannedFile, collector_off, grouped, literal
 from glm45_tune.conversion.tensors import ALL, HfReader, nbytes
+from glm45_tune.documents import MOST_JSON_BYTES, parse_json
 from glm45_tune.errors import CheckpointError
-from glm45_tune.foreign import MOST_JSON_BYTES, is_own, member, read_bytes, read_json, short
+from glm45_tune.foreign import check_own, member, read_bytes, read_json, short, shown
 from glm45_tune.spec import ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+# of a value of every dtype that the format knows, whole bytes a value
+_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,6 +48,7 @@ class Stored:
     code: str
     shape: tuple[int, ...]
     start: int
+    length: int
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -57,55 +66,53 @@ class Stored:
         return read_block(self.file, self.start, self.dtype, self.shape, tuple(low), tuple(high))
 
 
+def _strings(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("something else stands where names and texts are expected")
+    return value
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
 class SafetensorsFile(InputFile):
     """A safetensors file; opening it checks its header against its size."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         try:
-            self.tensors = self._entries()
-        except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            length = int.from_bytes(self.read(0, 8), "little")
+            if length > min(self.size - 8, MOST_JSON_BYTES):
+                raise ValueError(f"its header has {length} bytes, the file {self.size}")
+            header = parse_json(self.read(8, length))
+            _strings(header.pop("__metadata__", {}))
+            self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
+            self._check_places(8 + length)
+        except (CheckpointError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
 
-    def _entries(self) -> dict[str, Stored]:
-        """The tensors of the header, which lie end to end and fill the file. Raises ValueError and its kin."""
-        length = int.from_bytes(self.read(0, 8), "little")
-        if length > min(self.size - 8, MOST_JSON_BYTES):
-            raise ValueError(f"its header has {length} bytes, the file {self.size}")
-        header = json.loads(self.read(8, length), object_pairs_hook=_each_once)
-        header.pop("__metadata__", None)
-        found = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
-        end = 8 + length
-        for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
-            if 8 + length + first != end:
-                raise ValueError(
-                    f"{short(name)} begins at byte {8 + length + first}, the tensor before it ends at {end}"
-                )
-            end = 8 + length + last
-        if end != self.size:
-            raise ValueError(f"its tensors end at byte {end}, the file at {self.size}")
-        return found
-
     def _entry(self, name: str, entry: dict, data: int) -> Stored:
-        first, last = entry["data_offsets"]
-        shape, code = tuple(entry["shape"]), entry["dtype"]
-        if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-            raise ValueError(f"{short(name)} has offsets {short([first, last])} and shape {short(list(shape))}")
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{short(name)} is not described by dtype, shape and data_offsets")
+        shape, offsets, code = entry["shape"], entry["data_offsets"], entry["dtype"]
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or code not in _BYTES:
+            raise ValueError(f"{short(name)} has dtype {shown(code)}, shape {shown(shape)}, bytes {shown(offsets)}")
+        first, last = offsets
         if not first <= last <= self.size - data:
             raise ValueError(f"{short(name)} ends at byte {data + last}, the file at {self.size}")
-        if code in _DTYPES and math.prod(shape) * _DTYPES[code].itemsize != last - first:
-            raise ValueError(
-                f"{short(name)} has {last - first} bytes, not those of {code} values of shape {list(shape)}"
-            )
-        return Stored(self, str(code), shape, data + first)
+        if math.prod(shape) * _BYTES[code] != last - first:
+            raise ValueError(f"{short(name)} has {last - first} bytes, which is not a {code} tensor of shape {shape}")
+        return Stored(self, code, tuple(shape), data + first, last - first)
 
-
-def _each_once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object whose keys are given once."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("its header names a tensor twice")
-    return found
+    def _check_places(self, end: int) -> None:
+        """Raise ValueError unless the tensors fill the file from byte `end` on, one after the other."""
+        for name, stored in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].length)):
+            if stored.start != end:
+                raise ValueError(f"{short(name)} begins at byte {stored.start}, and what is before it ends at {end}")
+            end += stored.length
+        if end != self.size:
+            raise ValueError(f"its tensors end at byte {end}, the file at {self.size}")
 
 
 class HfDir:
@@ -133,15 +140,16 @@ class HfDir:
         index = self.path / INDEX
         weight_map = None
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise CheckpointError(f"{index}: not an index with a weight_map of file names.")
+            try:
+                weight_map = _strings(read_json(index)["weight_map"])
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(f"{index}: not an index with a weight_map of file names ({error}).") from error
         elif not (self.path / "model.safetensors").is_file():
             raise CheckpointError(f"{self.path}: neither {INDEX} nor model.safetensors here. Is the download complete?")
         self.shards: list[str] = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
         held: dict[str, tuple[str, Stored]] = {}
         for shard in self.shards:
-            file = SafetensorsFile(member(self.path, shard, INDEX if weight_map else "."))
+            file = SafetensorsFile(member(self.path, shard, INDEX))
             held |= {name: (shard, stored) for name, stored in file.tensors.items()}
         for name, shard in (weight_map or {}).items():
             if name not in held or held[name][0] != shard:
@@ -255,12 +263,9 @@ def _header(source: HfReader, sizes: dict[str, int]) -> bytes:
 def plan_side_files(source: HfReader) -> list[PlannedFile]:
     """Tokenizer and template as they are, and config.json: as it is unless what is read is no longer what it describes."""
     path = source.path / "config.json"
-    same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == source.config
+    same = path.is_file() and read_json(path) == source.config
     config = path.read_bytes() if same else (json.dumps(source.config, indent=2, ensure_ascii=False) + "\n").encode()
     found = [source.path / name for name in SIDE_FILES if (source.path / name).is_file()]
     for file in found:
-        if not is_own(source.path, file):
-            raise CheckpointError(
-                f"{file}: a link to a file elsewhere, {file.resolve()}; it is not copied. Put the file itself there."
-            )
+        check_own(file)
     return [literal("config.json", config), *(literal(file.name, read_bytes(file, MOST_SIDE_BYTES)) for file in found)]

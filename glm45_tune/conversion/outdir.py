@@ -66,9 +66,20 @@ def check_free(output: Path, kind: str, *inputs: str | Path) -> None:
 def read_marker(directory: Path) -> dict | None:
     """What glm45_tune.json says, None where there is none or it is not whole."""
     try:
-        return read_json(directory / MARKER)
+        found = read_json(directory / MARKER)
     except CheckpointError:
         return None
+    files = found.get("files", {})
+    return found if isinstance(files, dict) and all(_is_entry(*item) for item in files.items()) else None
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    """Is this a file of the directory, with its size and hash?"""
+    if not isinstance(entry, dict) or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    return (type(entry.get("size")), type(entry.get("sha256"))) == (int, str) and isinstance(
+        entry.get("nonfinite", []), list
+    )
 
 
 def nonfinite(directory: Path) -> list[str]:

@@ -6,7 +6,6 @@ which tensor, and files of such chunks, each a torch.save. megatron adds metadat
 
 import io
 import json
-import math
 import os
 import pickle
 import zlib
@@ -26,13 +25,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from glm45_tune.conversion.blocks import InputFile, bytes_of, read_block
-from glm45_tune.conversion.metadata_file import MetadataError, read_metadata
+from glm45_tune.conversion.archives import Stored, find_object, find_tensor
+from glm45_tune.conversion.blocks import InputFile, bytes_of
+from glm45_tune.conversion.metadata import Place, read_metadata
 from glm45_tune.errors import CheckpointError
-from glm45_tune.foreign import member, read_bytes
+from glm45_tune.foreign import member, shown
 
 COMMON = "common_state/shard_0_1"  # where megatron keeps what is not a tensor
-MOST_METADATA_BYTES = 2**30
 FORMAT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 
 
@@ -41,143 +40,67 @@ class TorchDistFiles:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / ".metadata").is_file():
-            raise CheckpointError(
-                f"{self.path}: no .metadata here; not a megatron torch_dist checkpoint, or an incomplete one."
-            )
-        try:
-            self.tensors, self._storage = read_metadata(read_bytes(self.path / ".metadata", MOST_METADATA_BYTES))
-        except MetadataError as error:
-            raise CheckpointError(f"{self.path}/.metadata: cannot be read: {error}.") from error
+        self.tensors, self._storage = read_metadata(self.path)
         self._files: dict[str, InputFile] = {}
-        self._starts: dict[MetadataIndex, int | None] = {}
-        self._plain_pickles: dict[tuple, bool] = {}
+        self._stored: dict[Place, Stored] = {}
         self.file_names = sorted({info.relative_path for info in self._storage.values()})
-        self._check_files()
-
-    def _check_files(self) -> None:
-        """Raise CheckpointError unless every file lies in the directory and holds what is said to be in it."""
-        ends: dict[str, int] = {}
-        for info in self._storage.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name in self.file_names:
-            size = member(self.path, name, ".metadata").stat().st_size
-            if ends[name] > size:
-                raise CheckpointError(f"{self.path}/{name}: holds {size:,} bytes; .metadata names {ends[name]:,}.")
-        for key, meta in self.tensors.items():
-            for chunk in meta.chunks:
-                info = self._storage.get(MetadataIndex(key, chunk.offsets))
-                if info is None:
-                    raise CheckpointError(f"{self.path}/.metadata: a chunk of {key} is stored nowhere.")
-                if math.prod(chunk.sizes) * meta.properties.dtype.itemsize > info.length:
-                    raise CheckpointError(
-                        f"{self.path}/.metadata: a chunk of {key} has shape {tuple(chunk.sizes)} and {info.length:,} bytes."
-                    )
-
-    def read_object(self, key: str) -> object:
-        """A plain value that is stored beside the tensors. Raises CheckpointError."""
-        info = self._storage.get(MetadataIndex(key))
-        if info is None:
-            raise CheckpointError(f"{self.path}: {key} is not stored here.")
-        view = _View(self._file(info.relative_path), info.offset, info.length)
-        try:
-            (value,) = torch.load(view, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
-            raise view.failure or CheckpointError(f"{self.path}: {key} cannot be read: {error}") from error
-        return value
+            self._file(name)
+        for (key, _), info in self._storage.items():
+            if info.offset + info.length > (size := self._file(info.relative_path).size):
+                raise CheckpointError(
+                    f"{self.path}/.metadata: puts {shown(key)} at bytes {info.offset} to {info.offset + info.length} of "
+                    f"{info.relative_path}, which has {size}. Is the file whole?"
+                )
 
     def read_key(self, key: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None):
         """The part of a tensor that starts at `offsets` and has shape `sizes` (all of it by default); only its bytes are read."""
+        if key not in self.tensors:
+            raise CheckpointError(f"{self.path}: {key} is missing.")
         meta = self.tensors[key]
         offsets = offsets or (0,) * len(meta.size)
         sizes = sizes or tuple(meta.size)
-        result, filled = None, 0
+        result, filled = None, None
         for chunk in meta.chunks:
             low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
             if any(a >= b for a, b in zip(low, high)):
                 continue
             inside = [tuple(x - o for x, o in zip(corner, chunk.offsets)) for corner in (low, high)]
-            data = self._read(MetadataIndex(key, chunk.offsets), chunk, meta.properties.dtype, *inside)
+            data = self._read((key, tuple(chunk.offsets)), chunk, meta.properties.dtype, *inside)
             if tuple(data.shape) == tuple(sizes):
                 return data
-            result = torch.empty(sizes, dtype=meta.properties.dtype) if result is None else result
-            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = data
-            filled += data.numel()
-        if result is None or filled != result.numel():
+            if result is None or filled is None:
+                result, filled = torch.empty(sizes, dtype=meta.properties.dtype), torch.zeros(sizes, dtype=torch.bool)
+            place = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))
+            result[place] = data
+            filled[place] = True
+        if result is None or filled is None or not filled.all():
+            count = 0 if filled is None else int(filled.sum())
             raise CheckpointError(
-                f"{self.path}: {filled} of the {torch.Size(sizes).numel()} values asked of {key} are stored."
+                f"{self.path}: {count} of the {torch.Size(sizes).numel()} values asked of {key} are stored."
             )
         return result
 
-    def _read(self, index: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype, low, high) -> torch.Tensor:
+    def _read(self, place: Place, chunk: ChunkStorageMetadata, dtype: torch.dtype, low, high) -> torch.Tensor:
         """A block of a chunk."""
-        info = self._storage[index]
+        info = self._storage[place]
         file = self._file(info.relative_path)
-        view = _View(file, info.offset, info.length)
-        try:
-            if index not in self._starts:
-                start = self._start(view, chunk, dtype)
-                self._starts[index] = None if start is None else info.offset + start
-            if self._starts[index] is not None:
-                return read_block(file, self._starts[index], dtype, tuple(chunk.sizes), low, high)
-            whole = torch.load(view, map_location="cpu", weights_only=True)
-            return whole[tuple(slice(a, b) for a, b in zip(low, high))].contiguous()
-        except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-            raise view.failure or CheckpointError(
-                f"{file.path}: {index.fqn} cannot be read; the file is damaged."
-            ) from error
+        if place not in self._stored:
+            self._stored[place] = find_tensor(file, info.offset, info.length, tuple(chunk.sizes), dtype)
+        return self._stored[place].read(file, dtype, low, high)
 
-    def _start(self, view: "_View", chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int | None:
-        """Where in a torch.save the chunk's values begin, one after the other; None if it holds them otherwise."""
-        archive = torch._C.PyTorchFileReader(view)
-        said = archive.get_record("data.pkl"), tuple(chunk.sizes), dtype
-        if said not in self._plain_pickles:
-            view.seek(0)
-            tensor = torch.load(view, map_location="meta", weights_only=True)
-            self._plain_pickles[said] = (
-                (tuple(tensor.shape), tensor.dtype) == said[1:]
-                and tensor.is_contiguous()
-                and not tensor.storage_offset()
-            )
-        view.seek(0)
-        return archive.get_record_offset("data/0") if self._plain_pickles[said] else None
+    def read_object(self, key: str) -> object:
+        """What is stored under `key` that is not a tensor: plain values. Raises CheckpointError."""
+        info = self._storage.get((key, None))
+        if info is None:
+            raise CheckpointError(f"{self.path}: {key} is missing.")
+        return find_object(self._file(info.relative_path), info.offset, info.length)
 
     def _file(self, name: str) -> InputFile:
         if name not in self._files:
-            self._files[name] = InputFile(self.path / name)
+            self._files[name] = InputFile(member(self.path, name, ".metadata"))
         return self._files[name]
-
-
-class _View(io.RawIOBase):
-    """A range of a file as a file of its own."""
-
-    def __init__(self, file: InputFile, start: int, length: int):
-        self._file, self._start, self._length, self._position = file, start, length, 0
-        self.failure: CheckpointError | None = None  # torch's reader makes an error of its own of it
-
-    def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")[: max(self._length - self._position, 0)]
-        try:
-            self._file.read_into(view, self._start + self._position)
-        except CheckpointError as error:
-            self.failure = error
-            raise
-        self._position += len(view)
-        return len(view)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._length)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 class _Skeleton(io.RawIOBase):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from glm45_tune.data.deadline import in_time
 from glm45_tune.data.fields import THOUGHTS, call_arguments, read_message, read_tool
 from glm45_tune.data.formats import ALIASES, canonical, field_of, unused_fields
 from glm45_tune.data.length import Fitted, Tokens, fit, why_left_out
@@ -66,7 +67,11 @@ def load_tokenizer(directory: str | Path):
         raise DataError(
             f"{directory}: no tokenizer.json here. A checkpoint's tokenizer files belong beside its weights."
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    try:
+        # False: code that a checkpoint brings is not run, nor is the user asked about it
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # what damage raises is of many kinds, and of tokenizers Exception itself
+        raise DataError(f"{directory}: its tokenizer cannot be read: {str(error)[:500] or error!r}.") from error
     for token in ROLE_TOKENS.values():
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise DataError(f"{directory}: the tokenizer has no token {token}; it is not GLM-4.5's.")
@@ -100,15 +105,19 @@ class ChatRenderer:
         if not self.tokenizer.chat_template:
             return []
         try:
-            without, prompt = (
-                self.tokenizer.apply_chat_template(
-                    question, tokenize=False, add_generation_prompt=generation, **options
-                )
-                for generation in (False, True)
+            without, prompt = in_time(
+                lambda: [
+                    self.tokenizer.apply_chat_template(
+                        question, tokenize=False, add_generation_prompt=generation, **options
+                    )
+                    for generation in (False, True)
+                ]
             )
         except Exception as error:  # a template is a program and may raise anything
             where = self.tokenizer.name_or_path
-            raise DataError(f"{where}: its chat template cannot render a simple question: {error!r}") from error
+            raise DataError(
+                f"{where}: its chat template cannot render a simple question: {repr(error)[:500]}"
+            ) from error
         return self._ids(prompt.removeprefix(without))[1:]
 
     def _ids(self, text: str) -> list[int]:

@@ -12,7 +12,8 @@ def function_named(name: str):
     """
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's module lies where the command is typed
+        # a user's module lies where the command is typed; last, so that no file there stands in for a library's
+        sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # the user's program

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glm45_tune.conversion.outdir import MARKER
+from glm45_tune.documents import MOST_YAML_BYTES, DocumentError, parse_yaml
 from glm45_tune.errors import UserError
 from glm45_tune.hub.curves import draw
 from glm45_tune.hub.serving import serving
@@ -305,12 +305,15 @@ def _string_literal(text: str) -> str:
 
 def _front_matter(path: Path) -> dict:
     """What stands between the first two `---` of a card, if there is one that can be read."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(MOST_YAML_BYTES)
     if not text.startswith("---\n"):
         return {}
     try:
-        found = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+        found = parse_yaml(text[4:].partition("\n---")[0])
+    except DocumentError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
-    ShardedTensorFactory,
     apply_factories,
     apply_factory_merges,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from glm45_tune.conversion.torch_dist import COMMON, FORMAT, Chunks, Part, TorchDistFiles, metadata_of, write_part
 from glm45_tune.errors import CheckpointError, SaveError
+from glm45_tune.foreign import member, read_json, shown
 from glm45_tune.mcore.load import sharded_tensors
 from glm45_tune.mcore.step import Trainer
 
@@ -154,10 +155,17 @@ def _size_and_sum(path: Path) -> list[int]:
 
 def saved_facts(directory: Path) -> dict:
     """What a complete checkpoint was saved with. Raises CheckpointError when that cannot be read."""
-    try:
-        return json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / COMPLETE} cannot be read: {error}") from error
+    return read_json(directory / COMPLETE)
+
+
+def _saved_files(directory: Path) -> dict[str, list[int]]:
+    """Name → size and CRC-32 of every file that the checkpoint was saved with."""
+    files = saved_facts(directory).get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(sums, list) and len(sums) == 2 for sums in files.values()):
+        raise CheckpointError(f"{COMPLETE} does not say what was written")
+    for name in files:
+        member(directory, name, COMPLETE)
+    return files
 
 
 def find_fault(directory: Path, group: dist.ProcessGroup) -> str | None:
@@ -166,7 +174,7 @@ def find_fault(directory: Path, group: dist.ProcessGroup) -> str | None:
     try:
         if not (directory / COMPLETE).is_file():
             raise CheckpointError(f"it has no {COMPLETE}: it was not written to its end")
-        for name, (size, crc) in sorted(saved_facts(directory).get("files", {}).items())[group.rank() :: group.size()]:
+        for name, (size, crc) in sorted(_saved_files(directory).items())[group.rank() :: group.size()]:
             found = _size_and_sum(directory / name)
             if found[0] != size:
                 raise CheckpointError(f"{name} holds {found[0]:,} bytes, {size:,} were written")
@@ -202,38 +210,33 @@ def restore(trainer: Trainer, directory: Path) -> None:
     optimizers = _optimizers(trainer)
     for optimizer in optimizers.values():
         optimizer._init_optimizer_states_with_dummy_values()  # torch's Adam has no state to load into before its first step
-    wanted, saved = _state(trainer, is_loading=True)["optimizer"], _saved_optimizer(files)
+    state = _read_state(files, _state(trainer, is_loading=True)["optimizer"])
+    saved = files.read_object(COMMON)
     for number, optimizer in optimizers.items():
-        if not isinstance(state := saved.get(number), dict):
-            raise CheckpointError(f"{directory}: the optimizer's state {number} is not stored here.")
-        moments = _read_moments(files, wanted[number]["param_state"])
-        _load_optimizer(optimizer, state | {"param_state": moments})
+        _load_optimizer(optimizer, state[number], _saved_steps(saved, number, directory))
 
 
-def _saved_optimizer(files: TorchDistFiles) -> dict:
-    """What the optimizers saved beside their moments, by number. megatron's own loader would run what a pickle says."""
-    common = files.read_object(COMMON)
-    if not isinstance(common, dict) or not isinstance(common.get("optimizer"), dict):
-        raise CheckpointError(f"{files.path}: no optimizer's state is stored here.")
-    return common["optimizer"]
+def _read_state(files: TorchDistFiles, state: dict) -> dict:
+    """The state with its tensors read. megatron's own `load` would unpickle what a stranger wrote."""
+    sharded, _, factories = load_preprocess(state)
+    tensors, plain = extract_sharded_base(sharded)
+
+    def read(shard: ShardedTensor) -> torch.Tensor:
+        return shard.data.copy_(files.read_key(shard.key, shard.global_offset, shard.local_shape))
+
+    dict_list_map_inplace(read, tensors)
+    return apply_factory_merges(merge(plain, tensors), factories)
 
 
-def _read_moments(files: TorchDistFiles, wanted: dict) -> dict:
-    """wanted: parameter → name of a moment → what describes this rank's part. Returns the same with values."""
-    factories = {number: _only_factories(moments) for number, moments in wanted.items()}
-    apply_factories(wanted)
-    values = dict_list_map_outplace(lambda shard: _read_shard(files, shard), wanted)
-    return apply_factory_merges(values, factories)
-
-
-def _read_shard(files: TorchDistFiles, shard: ShardedTensor) -> torch.Tensor:
-    if shard.key not in files.tensors:
-        raise CheckpointError(f"{files.path}: {shard.key} is missing.")
-    return files.read_key(shard.key, shard.global_offset, shard.local_shape)
-
-
-def _only_factories(moments: dict) -> dict:
-    return {name: value for name, value in moments.items() if isinstance(value, ShardedTensorFactory)}
+def _saved_steps(saved: object, number: int, directory: Path) -> float:
+    """How many steps an optimizer had taken when it was saved, of the plain values that a checkpoint keeps."""
+    try:
+        steps = saved[0]["optimizer"][number]["optimizer"]["param_groups"][0]["step"]
+    except (TypeError, LookupError) as error:
+        raise CheckpointError(f"{directory}: does not say how many steps optimizer {number} has taken.") from error
+    if type(steps) not in (int, float) or not 0 <= steps < 2**53:
+        raise CheckpointError(f"{directory}: optimizer {number} has taken {shown(steps)} steps; a number is expected.")
+    return float(steps)
 
 
 def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
@@ -246,16 +249,15 @@ def _optimizers(trainer: Trainer) -> dict[int, DistributedOptimizer]:
     }
 
 
-def _load_optimizer(optimizer, state: dict) -> None:
+def _load_optimizer(optimizer, state: dict, steps_taken: float) -> None:
     """DistributedOptimizer.load_state_dict. Rates, decay and betas stay the recipe's; of the saved groups only the step count is taken.
 
     Around its one fault with torch's Adam: it takes the step count, a tensor there, for one of the moments. So the step is a
     number while the moments are copied.
     """
     moments = state.pop("param_state")
-    saved = state["optimizer"]["param_groups"]
     state["optimizer"]["param_groups"] = [
-        {**group, "params": [], "step": saved[0]["step"]} for group in optimizer.optimizer.param_groups
+        {**group, "params": [], "step": steps_taken} for group in optimizer.optimizer.param_groups
     ]
     optimizer.load_state_dict(state)
     of_parameter = optimizer.optimizer.state.values()

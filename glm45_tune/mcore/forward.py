@@ -63,7 +63,7 @@ def compare_forward(reference: HfDir, model: HfReader, num_tokens: int = 96, see
     runtime.start(Layout())
     device = runtime.device()
     config = transformers.AutoConfig.from_pretrained(
-        str(reference.path), attn_implementation="eager", experts_implementation="eager"
+        str(reference.path), attn_implementation="eager", experts_implementation="eager", trust_remote_code=False
     )
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, reference.spec.vocab_size, (num_tokens,), generator=generator).tolist()

@@ -1,6 +1,6 @@
 """The ranks of a job that nobody else starts: one process each on this machine.
 
-They are begun by a process of their own, `python -m glm45_tune.training.ranks`. Where there is no card it imports all that a rank
+They are begun by a process of their own, `glm45_tune.training.ranks` as a program. Where there is no card it imports all that a rank
 needs, once, while the command prepares the job, and each rank is a fork of it: imports are most of a small run's start. A card does not
 survive a fork, so there each rank is a Python of its own.
 """
@@ -20,6 +20,7 @@ import time
 import warnings
 
 from glm45_tune.errors import STOPPED
+from glm45_tune.processes import python
 from glm45_tune.training import signals
 
 
@@ -35,9 +36,8 @@ class Ranks:
             port = probe.getsockname()[1]
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env.setdefault("OMP_NUM_THREADS", "1")
-        command = [sys.executable, "-m", "glm45_tune.training.ranks"]
         self._before = signals.hear(lambda number, _: sys.exit(STOPPED))  # nothing has begun yet
-        self._starter = subprocess.Popen(command, env=env, stdin=subprocess.PIPE)
+        self._starter = subprocess.Popen(python("glm45_tune.training.ranks"), env=env, stdin=subprocess.PIPE)
         return self
 
     def run(self, count: int, arguments: list[str]) -> int:
@@ -107,7 +107,7 @@ def _main() -> int:
 
 def _begin_python(rank: int, arguments: list[str]) -> int:
     env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    return subprocess.Popen([sys.executable, "-m", "glm45_tune", *arguments], env=env, preexec_fn=_become_rank).pid
+    return subprocess.Popen([*python("glm45_tune"), *arguments], env=env, preexec_fn=_become_rank).pid
 
 
 def _fork(rank: int, arguments: list[str]) -> int:

@@ -47,7 +47,8 @@ def _files(sources: Sources) -> list[dict]:
     found = []
     for source in sources_of(sources):
         path = Path(source.path)
-        whole = path if path.exists() else Path(source.path.rpartition("#")[0])
+        front, mark, _ = source.path.rpartition("#")
+        whole = path if path.exists() or not mark else Path(front)
         if source.path.startswith(("hf:", "ms:")) or not whole.exists():
             found.append({"name": source.path, "weight": source.weight})
             continue

@@ -137,7 +137,7 @@ def test_half_an_adapter_is_not_merged(checkpoints, tmp_path, change, said):
 
 @pytest.mark.parametrize(
     "config, said",
-    [("{", "no JSON object"), ("[]", "peft_type is None"), ('{"peft_type": "LORA"}', "lora_alpha is None")],
+    [("{", "not JSON"), ("[]", "holds list; a JSON object"), ('{"peft_type": "LORA"}', "lora_alpha is None")],
 )
 def test_a_broken_adapter_config_is_a_sentence(checkpoints, tmp_path, config, said):
     _peft_model(checkpoints["air"], target_modules=["q_proj"]).save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glm45_tune.conversion import blocks, hf_files, mcore_files, tensors, torch_dist
+from glm45_tune.conversion import archives, blocks, hf_files, mcore_files, tensors
 from glm45_tune.conversion.hf_files import HfDir, plan_hf
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import Row, rows
@@ -121,7 +121,7 @@ def test_memory_holds_a_piece_however_large_a_tensor_is(checkpoints, tmp_path, m
         largest[0] = max(largest[0], tensor.nbytes)
         return tensor
 
-    for module in (hf_files, torch_dist):
+    for module in (hf_files, archives):
         monkeypatch.setattr(module, "read_block", counted)
     monkeypatch.setattr(tensors, "PIECE_BYTES", 2**12)
     monkeypatch.setattr(mcore_files, "MAX_CHUNK_BYTES", 2**15)

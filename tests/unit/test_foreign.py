@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm45_tune.conversion.metadata_file import MetadataError, read_metadata
+from glm45_tune.conversion.metadata import NAMES, read_metadata
+from glm45_tune.conversion.pickles import PickleError, load
 from glm45_tune.conversion.stream import convert, open_model
-from glm45_tune.conversion.torch_dist import TorchDistFiles
+from glm45_tune.conversion.torch_dist import Part, TorchDistFiles, metadata_of
+from glm45_tune.documents import MOST_JSON_BYTES
 from glm45_tune.errors import CheckpointError
-from glm45_tune.foreign import MOST_JSON_BYTES, read_json
+from glm45_tune.foreign import read_json, shown
 from glm45_tune.spec import load_spec
 
 
@@ -81,20 +84,26 @@ def test_a_class_that_is_allowed_cannot_be_changed_by_a_state(copy):
     """BUILD with a state on a class would set attributes of torch's own class."""
     text = lambda word: b"\x8c" + bytes([len(word)]) + word.encode()  # noqa: E731
     build = text("torch.distributed.checkpoint.metadata") + text("Metadata") + b"\x93N}" + text("x") + b"K\x01s\x86b."
-    with pytest.raises(MetadataError, match="do not fit together"):
-        read_metadata(b"\x80\x04" + build)
+    with pytest.raises(PickleError, match="gives a state to what has none"):
+        load(b"\x80\x04" + build, NAMES)
 
 
 def test_a_place_in_the_memo_costs_no_memory():
-    with pytest.raises(MetadataError):
-        read_metadata(b"\x80\x02Nr\xff\xff\xff\x7f.")
+    with pytest.raises(PickleError):
+        load(b"\x80\x02Nr\xff\xff\xff\x7f.", NAMES)
 
 
-def test_every_opcode_of_a_real_file_is_read_as_pickle_reads_it(mcore):
+def _places(real) -> dict:
+    """Where everything is stored, as torch keeps it and as it is read here."""
+    return {(index.fqn, index.offset and tuple(index.offset)): info for index, info in real.storage_data.items()}
+
+
+def test_every_opcode_of_a_real_file_is_read_as_pickle_reads_it(mcore, tmp_path):
     real = pickle.loads((mcore / ".metadata").read_bytes())
     for protocol in (2, 4, 5):
-        tensors, stored = read_metadata(pickle.dumps(real, protocol))
-        assert stored == real.storage_data
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(real, protocol))
+        tensors, stored = read_metadata(tmp_path)
+        assert stored == _places(real)
         assert {key: (meta.size, meta.chunks) for key, meta in tensors.items()} == {
             key: (meta.size, meta.chunks) for key, meta in real.state_dict_metadata.items() if hasattr(meta, "size")
         }
@@ -102,16 +111,18 @@ def test_every_opcode_of_a_real_file_is_read_as_pickle_reads_it(mcore):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_a_damaged_metadata_file_is_a_sentence(mcore, data):
+def test_a_damaged_metadata_file_is_a_sentence(mcore, tmp_path_factory, data):
+    home = tmp_path_factory.getbasetemp()
     whole = bytearray((mcore / ".metadata").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(whole) - 1))
         whole[place] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(whole)))
     for damaged in (bytes(whole), bytes(whole[:cut])):
+        (home / ".metadata").write_bytes(damaged)
         try:
-            read_metadata(damaged)
-        except MetadataError as error:
+            read_metadata(home)
+        except CheckpointError as error:
             assert len(str(error)) < 1000
 
 
@@ -290,8 +301,32 @@ def test_json_of_others_is_bounded(tmp_path):
         read_json(path)
 
 
-def test_an_ordered_dict_may_hold_the_tensors(mcore):
+def test_an_ordered_dict_may_hold_the_tensors(mcore, tmp_path):
     """torch wrote such metadata once."""
     real = pickle.loads((mcore / ".metadata").read_bytes())
     real.planner_data = collections.OrderedDict(a=torch.Size([1]))
-    assert read_metadata(pickle.dumps(real, 2))[1] == real.storage_data
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(real, 2))
+    assert read_metadata(tmp_path)[1] == _places(real)
+
+
+def test_what_names_itself_again_and_again_is_shown_at_no_cost(copy):
+    """Ten names of ten names of ten names, forty deep: written out, it would have no end."""
+    deep = "x"
+    for _ in range(40):
+        deep = (deep,) * 10
+    assert len(shown(deep)) < 200
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    next(info for key, info in metadata.storage_data.items() if key.offset).relative_path = deep
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="not the name of a file"):
+        open_model(copy)
+
+
+def test_the_metadata_of_the_largest_release_is_read_in_three_seconds(tmp_path):
+    """30,000 chunks, as 355B has."""
+    pieces = [((row, 0), (1, 8), row * 64, 64) for row in range(300)]
+    part = Part("a", [(f"layer.{n}.weight", (300, 8), torch.bfloat16, pieces) for n in range(100)])
+    (tmp_path / ".metadata").write_bytes(metadata_of([part]))
+    begin = time.process_time()
+    tensors, places = read_metadata(tmp_path)
+    assert time.process_time() - begin < 3 and len(places) == 30_000 and len(tensors) == 100

@@ -59,3 +59,29 @@ def test_a_program_may_train_in_a_thread_of_its_own(checkpoints, corpus, make_re
     path.write_text(f"RECIPE = {recipe!r}\nOUTPUT = {str(tmp_path / 'run')!r}\n{TRAINS}")
     ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300, check=False)
     assert ended.stdout.splitlines()[-1:] == ["[0, 0]"], ended.stderr
+
+
+@pytest.mark.parametrize("script", [RENDERS, CONVERTS, TRAINS], ids=["renders", "converts", "trains"])
+def test_no_process_imports_a_librarys_name_from_the_working_directory(
+    checkpoints, corpus, make_recipe, tmp_path, script
+):
+    """Of the modules that every Python imports at its start, each in the working directory says that it was run."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("json", "runpy", "socket", "pickle", "selectors", "signal", "struct", "torch", "numpy", "yaml"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n")
+    (here / "own_rows.py").write_text(
+        f"import json\ndef rows():\n    yield from map(json.loads, open({str(corpus)!r}, encoding='utf-8'))\n"
+    )
+    recipe = make_recipe(checkpoints["air"], "own_rows:rows", tmp_path / "run", train={"steps": 1})
+    names = {"CORPUS": str(corpus), "MODEL": str(checkpoints["air"]), "OUTPUT": str(tmp_path / "out"), "RECIPE": recipe}
+    path = tmp_path / "script.py"
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in names.items()) + script)
+    env = os.environ | {"GLM45_TUNE_CACHE": str(tmp_path / "cache")}
+    ended = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=300, env=env, check=False, cwd=here
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    if script is TRAINS:
+        assert ended.stdout.splitlines()[-1:] == ["[0, 0]"], ended.stderr
