@@ -78,7 +78,7 @@ def _values(changes: str, text: str) -> dict[str, float]:
         except ValueError:
             values[key] = -1.0
         if key not in _KEYS or not 0 < values[key] < float("inf"):
-            raise UserError(f"--gpu {text}: {change!r} is no KEY=NUMBER above 0. {_HOW}")
+            raise UserError(f"--gpu {text}: {change!r} is not NAME=NUMBER with a number above 0. {_HOW}")
     return values
 
 

@@ -7,7 +7,7 @@ from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
 from glm45_tune.plan.memory import GIB, Model, StageMemory
 from glm45_tune.plan.timing import StepTime, step_seconds
-from glm45_tune.recipe import Recipe
+from glm45_tune.recipe import ParallelConfig, Recipe
 from glm45_tune.spec import ModelSpec
 
 
@@ -143,11 +143,44 @@ def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
 
 
 def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan | None:
-    """The layout with recompute `auto`, whatever the recipe says; None where nothing fits. Raises UserError on a wrong layout."""
+    """The layout with the least recompute that a recipe can name, whatever this recipe says; None where nothing fits.
+
+    The plan's recipe holds those settings, so that they give the same figures when planned again. A recipe has one count
+    for all stages; only `auto` lets each stage have its own. Raises UserError on a wrong layout.
+    """
     check(spec, layout, recipe)
-    auto = recipe.train.model_copy(update={"recompute_granularity": "auto", "recompute_modules": None})
-    found = _fastest(spec, recipe.model_copy(update={"train": auto}), layout, hardware)
-    return found and found[0]
+    parallel = ParallelConfig(**asdict(layout))
+    best = None
+    for modules in ([], ["attention"], ["moe"]):
+        changes = {"recompute_granularity": "auto", "recompute_modules": modules}
+        model = Model(spec, layout, _with_train(recipe, **changes))
+        again = model.least_everywhere(hardware.card.memory_gib * GIB)
+        if again is None:
+            continue
+        settings = _with_train(recipe, **_settings(again, modules)).model_copy(update={"parallel": parallel})
+        model = Model(spec, layout, settings)
+        found = _of(model, hardware, model.all_stages())
+        if best is None or found.tokens_per_second > best.tokens_per_second:
+            best = found
+        if not again:
+            break  # with nothing left out it fits
+    return best
+
+
+def _settings(again: int, modules: list[str]) -> dict:
+    """The keys of `train` that compute the first `again` layers of every segment again, and `modules` of the others."""
+    if again:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": again,
+            "recompute_modules": modules or None,
+        }
+    return {"recompute_granularity": "selective" if modules else None, "recompute_modules": modules or None}
+
+
+def _with_train(recipe: Recipe, **changes) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def search(spec: ModelSpec, recipe: Recipe, hardware: Hardware) -> list[Plan]:
