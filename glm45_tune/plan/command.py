@@ -61,10 +61,6 @@ def ask(request: Request) -> Question:
             f"cut to that. Give at most {length}, or raise data.seq_length."
         )
     spec, origin = find_spec(recipe.model.path)
-    if recipe.model.mtp_loss_scaling_factor and not spec.mtp_num_layers:
-        raise UserError(
-            f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
-        )
     return Question(request, recipe, spec, origin, request.gpus or recipe.parallel.layout().world_size)
 
 

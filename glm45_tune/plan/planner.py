@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 
+from glm45_tune.checks import check
 from glm45_tune.errors import LayoutError, RecipeError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
@@ -50,38 +51,9 @@ class Plan:
         return self.time.tokens / self.time.total if self.time else 0.0
 
 
-def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
-    """Everything about the numbers of a layout that can be wrong, with what would be right. Raises UserError."""
-    layout.check(spec)
-    rows = recipe.train.micro_batch_size * layout.data_parallel_size
-    batch = recipe.train.global_batch_size
-    # its batch is prompts, whose completions fill micro batches as they come
-    is_rl = getattr(recipe, "rl", None) is not None
-    if batch % rows and not is_rl:
-        near = sorted({max(1, batch // rows) * rows, -(-batch // rows) * rows})
-        raise RecipeError(
-            f"train.global_batch_size {batch} is no multiple of micro_batch_size {recipe.train.micro_batch_size} × "
-            f"{layout.data_parallel_size} data-parallel ranks = {rows}; use {' or '.join(map(str, near))}."
-        )
-    multiple = layout.microbatch_multiple
-    if batch // rows % multiple and not is_rl:
-        raise RecipeError(
-            f"train.global_batch_size {batch} makes {batch // rows} micro batches a step; interleaved stages want a multiple of "
-            f"{multiple}: use {-(-batch // (rows * multiple)) * rows * multiple}."
-        )
-    pieces = layout.tensor_model_parallel_size * layout.context_parallel_size
-    length = recipe.data.seq_length
-    if length % pieces:
-        near = [size for size in (length // pieces * pieces, -(-length // pieces) * pieces) if size]
-        raise RecipeError(
-            f"data.seq_length {length} is no multiple of {pieces}, into which tensor and context ranks cut a row; "
-            f"use {' or '.join(map(str, near))}."
-        )
-
-
 def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan:
     """The recipe under this layout as it stands; with recompute `auto`, the fastest that fits. Raises UserError."""
-    check(spec, layout, recipe)
+    check(spec, recipe, layout)
     if recipe.train.recompute_granularity == "auto":
         return auto(spec, recipe, layout, hardware)[0]
     model = Model(spec, layout, recipe)
@@ -148,7 +120,7 @@ def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardwa
     The plan's recipe holds those settings, so that they give the same figures when planned again. A recipe has one count
     for all stages; only `auto` lets each stage have its own. Raises UserError on a wrong layout.
     """
-    check(spec, layout, recipe)
+    check(spec, recipe, layout)
     parallel = ParallelConfig(**asdict(layout))
     best = None
     for modules in ([], ["attention"], ["moe"]):

@@ -2,7 +2,6 @@
 
 from glm45_tune.conversion.check import remarks
 from glm45_tune.data.labels import only_label
-from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
@@ -57,10 +56,7 @@ def _recompute_line(job: Job) -> str:
 
 
 def _memory_line(job: Job) -> str:
-    try:
-        worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware(job)).worst
-    except UserError:  # the planner wants rows that tensor ranks divide; training pads them
-        return f"{job.card.memory_gib:.0f} GiB free"
+    worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware(job)).worst
     return (
         f"{worst.needed / GIB:.1f} GiB planned of {job.card.memory_gib:.0f} free: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
         f"{worst.gradients / GIB:.1f}, optimizer {worst.optimizer / GIB:.1f}, activations {(worst.activations + worst.working) / GIB:.1f}"

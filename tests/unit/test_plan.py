@@ -93,11 +93,7 @@ FAULTS = {
     "stages": (["parallel.pipeline_model_parallel_size=64"], ["64 exceeds the 46 layers"]),
     "batch": (
         ["train.global_batch_size=6"],
-        ["global_batch_size 6 is no multiple of micro_batch_size 1 × 4", "use 4 or 8"],
-    ),
-    "row": (
-        ["data.seq_length=8191", "parallel.tensor_model_parallel_size=2"],
-        ["8191 is no multiple of 2", "8190 or 8192"],
+        ["global_batch_size 6 is not a multiple of micro_batch_size 1 × 4", "use 4 or 8"],
     ),
     "card": (["--gpu", "b100"], ["unknown card", "Did you mean", "memory_gib=…"]),
     "card by half": (["--gpu", "memory_gib=48"], ["tflops, bandwidth_gb_s, link_gb_s missing"]),

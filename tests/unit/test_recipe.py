@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from glm45_tune.checks import check_layout
 from glm45_tune.errors import LayoutError, RecipeError
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
@@ -168,7 +169,7 @@ def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
     }
     for layout, words in faults.items():
         with pytest.raises(LayoutError) as fault:
-            layout.check(spec)
+            check_layout(layout, spec)
         assert words in str(fault.value)
 
 
