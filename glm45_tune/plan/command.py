@@ -14,6 +14,7 @@ from glm45_tune.plan.memory import GIB
 from glm45_tune.plan.models import find_spec
 from glm45_tune.plan.planner import Hardware, Plan
 from glm45_tune.recipe import Recipe
+from glm45_tune.section import MOST_RANKS
 from glm45_tune.spec import ModelSpec
 
 
@@ -53,6 +54,8 @@ class Question:
 def ask(request: Request) -> Question:
     if request.data_tokens is not None and not 0 < request.data_tokens < float("inf"):
         raise UserError(f"plan: --tokens {request.data_tokens}: a positive number is expected.")
+    if request.gpus and request.gpus > MOST_RANKS:
+        raise UserError(f"plan: --gpus {request.gpus}: at most {MOST_RANKS} are planned.")
     recipe = Recipe.load(request.recipe_path, request.overrides)
     length = recipe.data.seq_length
     if request.document_tokens and request.document_tokens > length:
@@ -170,11 +173,12 @@ def search(question: Question, as_json: bool) -> None:
 
 def _none_fits(question: Question, hardware: Hardware) -> str:
     name = hardware.card.name
-    for gpus in range(question.gpus + 1, 4 * question.gpus + 9):
+    most = max(question.gpus, min(4 * question.gpus + 8, planner.MOST_CARDS))
+    for gpus in range(question.gpus + 1, most + 1):
         if found := planner.search(question.spec, question.recipe, replace(hardware, gpus=gpus)):
             best = found[0]
             return (
                 f"no layout of {question.gpus} × {name} holds this recipe. Nearest that fits: {gpus} × {name}, "
                 f"{report.layout_text(best)}: {report.settings_text(best)}"
             )
-    return f"no layout of {question.gpus} × {name} holds this recipe, nor of up to {4 * question.gpus + 8}; take a larger card."
+    return f"no layout of {question.gpus} × {name} holds this recipe, nor of up to {most}; take a larger card."

@@ -11,6 +11,9 @@ from glm45_tune.plan.timing import StepTime, step_seconds
 from glm45_tune.recipe import ParallelConfig, Recipe
 from glm45_tune.spec import ModelSpec
 
+# more are not tried where a recipe does not fit
+MOST_CARDS = 1024
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -186,7 +189,7 @@ def _layouts(spec: ModelSpec, recipe: Recipe, hardware: Hardware):
                 )
 
 
-def fewest(spec: ModelSpec, recipe: Recipe, hardware: Hardware, most: int = 1024) -> int | None:
+def fewest(spec: ModelSpec, recipe: Recipe, hardware: Hardware, most: int = MOST_CARDS) -> int | None:
     """The fewest cards, more than the plan has, on which the recipe's own layout fits as it stands."""
     step = recipe.parallel.layout().smallest_world_size
     for gpus in range((hardware.gpus // step + 1) * step, most + 1, step):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from glm45_tune.errors import DataError
+from glm45_tune.errors import DataError, RecipeError
 from glm45_tune.recipe import Recipe
 from glm45_tune.training.prepare import prepare, world_size
 from glm45_tune.training.ranks import Ranks
@@ -15,11 +15,16 @@ from glm45_tune.training.ranks import Ranks
 _GIVEN = "the rows given"
 
 
-def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
+def train(recipe: Recipe | str | os.PathLike, data: Iterable[dict] | None = None) -> int:
     """Run a recipe to its end. Returns its exit code: 0, or that of the rank that ended otherwise. Raises UserError before ranks start.
 
+    recipe: a checked one, or the path of a recipe file.
     data: rows to train on instead of the recipe's, such as {"messages": [...]}; they are written to a file that all ranks read.
     """
+    if isinstance(recipe, str | os.PathLike):
+        recipe = Recipe.load(recipe)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"train: a Recipe or a recipe file's path is expected, and {type(recipe).__name__} came.")
     if data is not None:
         with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
             rows = Path(holder) / "rows.jsonl"
