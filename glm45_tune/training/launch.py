@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from glm45_tune import surroundings
 from glm45_tune.errors import DataError, RecipeError
 from glm45_tune.recipe import Recipe
 from glm45_tune.training.prepare import prepare, world_size
@@ -38,12 +39,12 @@ def train(recipe: Recipe | str | os.PathLike, data: Iterable[dict] | None = None
                     re.sub(rf"{re.escape(str(rows))}:(\d+): ", rf"row \1 of {_GIVEN}: ", str(error))
                 ) from None
     if "RANK" in os.environ or not _is_for_several(recipe):
-        from glm45_tune.mcore import runtime
-        from glm45_tune.training import loop
+        with surroundings.kept():
+            from glm45_tune.mcore import runtime
+            from glm45_tune.training import loop
 
-        code = loop.run(prepare(recipe))
-        runtime.stop()
-        return code
+            with runtime.borrowed():
+                return loop.run(prepare(recipe))
     with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
         job = prepare(recipe)
         if job.stream:
