@@ -1,8 +1,10 @@
 """The command line. Nothing heavy is imported before it is needed: `--help` answers at once."""
 
+import io
 import json
 import os
 import sys
+from collections.abc import Buffer
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +21,7 @@ app = typer.Typer(
     help="Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -58,6 +61,34 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 def _say(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)
+
+
+def _show_versions(asked: bool) -> None:
+    if asked:
+        from glm45_tune.versions import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_versions, help="Print versions and the commit, and end."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune GLM-4.5 and GLM-4.5-Air on megatron-core, on one CPU core as on 128 GPUs."""
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, by which editors complete and check keys."""
+    from glm45_tune.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -387,7 +418,8 @@ def evaluate(
     """Ask every question of a data file: exact answers, thoughts, valid tool calls, perplexity. A run keeps its scores."""
     from glm45_tune.chat import evaluate as asking
     from glm45_tune.chat.model import ChatModel, check_model
-    from glm45_tune.hub.evaluation import evaluate_run, is_run
+    from glm45_tune.data.chat import load_tokenizer
+    from glm45_tune.hub.evaluation import check_run, evaluate_run, is_run
 
     asking.check_output(output)
     questions = {str(path): asking.load_questions(str(path)) for path in data}
@@ -398,6 +430,11 @@ def evaluate(
         if step is not None:
             raise UserError(f"eval: {path} is no run, so it has no step {step}; leave --step out.")
         check_model(path, adapter)
+    for path in models:  # every model's template takes every question before the first answer
+        if path in runs:
+            check_run(path, questions, think, step)
+        else:
+            asking.check_questions(load_tokenizer(path), questions, think)
     scores = []
     for path in models:
         if path in runs:
@@ -427,8 +464,52 @@ def _ranks_run() -> bool:
 
 def main() -> None:
     """Entry point: user faults end in one sentence and their exit code, without a traceback."""
-    if sys.stdout:  # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
+    out = _lossy("stdout")
+    _lossy("stderr")
+    try:
+        _run()
+    except SystemExit as end:
+        if out:
+            sys.stdout.flush()
+            if out.lost and not end.code:
+                _say(f"error: the output cannot be written ({out.lost.strerror}).")
+                sys.exit(1)
+        raise
+
+
+class _Lossy(io.FileIO):
+    """An output on a full disk: what cannot be said is lost, the work goes on, and the first error is kept."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Buffer) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:  # its reader has gone, which ends the command
+            raise
+        except OSError as error:
+            self.lost = self.lost or error
+            return memoryview(data).nbytes
+
+
+def _lossy(name: str) -> _Lossy | None:
+    """Put a stream over a `_Lossy` in place of the process's own one; None where it is closed or another."""
+    stream = getattr(sys, name)
+    if not stream or stream is not getattr(sys, f"__{name}__"):
+        if stream and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # half of a surrogate pair, in JSON its escape
+        return None
+    raw = _Lossy(stream.fileno(), "w", closefd=False)
+    is_direct = name == "stderr" or stream.isatty()
+    setattr(
+        sys,
+        name,
+        io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=is_direct),
+    )
+    return raw
+
+
+def _run() -> None:
     try:
         app()
     except (UserError, StoppedError, VerificationError) as error:

@@ -5,7 +5,16 @@ Our own bugs are `assert`s and stay tracebacks.
 """
 
 STOPPED = 75
-"""Exit code of a run that a signal told to stop and that saved: not done, the same command goes on (sysexits' EX_TEMPFAIL)."""
+"""Exit code of a run that a signal told to stop and that saved (sysexits' EX_TEMPFAIL)."""
+
+EXIT_CODES = {
+    0: "Done.",
+    1: "Anything else: the run could not go on, or a fault of ours.",
+    2: "Your input is wrong. It is said before a rank starts wherever it can be known.",
+    3: "A verification found a difference.",
+    STOPPED: "A signal told training to stop. It has saved, and the same command goes on.",
+    130: "Ctrl-C.",
+}
 
 
 class UserError(Exception):

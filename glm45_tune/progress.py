@@ -10,7 +10,6 @@ def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
     total: bytes in all; None where nobody knows, and things are counted instead.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -21,9 +20,11 @@ def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn,
     )
 
+    from glm45_tune.console import Terminal
+
     known = (DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
     unknown = (TextColumn("{task.completed:,}"), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *(unknown if total is None else known))
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)

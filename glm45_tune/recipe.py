@@ -39,6 +39,21 @@ class ModelConfig(Section):
     """Checkpoint directory, Hugging Face or megatron format."""
     params_dtype: Dtype = "bf16"
     """What weights and activations are computed in; bf16 keeps fp32 master weights of what is trained."""
+    frozen_dtype: Literal["auto", "bf16", "fp8"] = "auto"
+    """What LoRA's frozen linears are kept in. fp8 halves their memory: e4m3 with a scale an output channel; a bf16 checkpoint is
+
+    quantized while it loads. bf16: in params_dtype. auto: fp8 where the checkpoint is FP8.
+    """
+    frozen_products: Literal["auto", "bf16", "fp8"] = "auto"
+    """What frozen FP8 weights are multiplied in, forward and backward. fp8: rows of activations and gradients are quantized too. bf16:
+
+    in params_dtype, by an exact cast. auto: fp8 where the card has such products (Hopper and later; a CPU computes the same).
+    """
+    frozen_turned: bool | None = None
+    """Keep the transposes of FP8 weights, which their products in backward want, instead of making them each time: twice the memory
+
+    for less time. null: where it fits without recompute.
+    """
     mtp_loss_scaling_factor: NotNegative = 0.0
     """Weight of the MTP layers' loss. 0 leaves the MTP layers out of training; export keeps them as they were."""
     moe_aux_loss_coeff: NotNegative = 0.0
@@ -335,6 +350,18 @@ class Recipe(Section):
         return self
 
     @property
+    def asked_rl(self) -> RLConfig:
+        """`rl` of a recipe that has it."""
+        assert self.rl is not None, "not a recipe of reinforcement learning"
+        return self.rl
+
+    @property
+    def asked_preference(self) -> PreferenceConfig:
+        """`preference` of a recipe that has it."""
+        assert self.preference is not None, "not a recipe of preference tuning"
+        return self.preference
+
+    @property
     def kind(self) -> str:
         """What the data are for."""
         return "preference" if self.preference else "rl" if self.rl else "sft"
@@ -364,6 +391,11 @@ class Recipe(Section):
                 "model.moe_router_bias_update_rate moves router biases, which an adapter cannot carry; set it to 0 or leave "
                 "lora out"
             )
+        if self.lora is None and self.model.frozen_dtype == "fp8":
+            raise ValueError(
+                "model.frozen_dtype fp8 keeps weights that are not trained; full fine-tuning trains all, and a step of Adam is "
+                "smaller than FP8 can hold. Use LoRA, or bf16"
+            )
         if self.optimizer.main_grads_dtype == "bf16" and self.model.params_dtype != "bf16":
             raise ValueError("optimizer.main_grads_dtype bf16 needs model.params_dtype bf16")
         return self
@@ -376,10 +408,7 @@ class Recipe(Section):
             raise RecipeError(f"{path}: {'a directory, not a recipe' if path.is_dir() else 'no such recipe'}.")
         try:
             document = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-        except (
-            yaml.YAMLError,
-            ValueError,
-        ) as error:  # ValueError: of text that is not UTF-8, an impossible date or number
+        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
             raise RecipeError(f"{path}: not YAML: {error}") from error
         if not isinstance(document, dict):
             raise RecipeError(f"{path}: holds {type(document).__name__}; a recipe is a mapping of sections.")
@@ -420,6 +449,17 @@ class Recipe(Section):
         """with_secrets: for another process of this run alone, in a file that nobody else reads."""
         document = self.model_dump() if with_secrets else self.shown()
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def with_frozen(recipe: Recipe, is_fp8: bool, has_fp8_products: bool) -> Recipe:
+    """The recipe with what `auto` means for its frozen weights. is_fp8: the checkpoint is; has_fp8_products: the card has."""
+    kept, products = recipe.model.frozen_dtype, recipe.model.frozen_products
+    if kept == "auto":
+        kept = "fp8" if is_fp8 and recipe.lora is not None else "bf16"
+    if products == "auto":
+        products = "fp8" if has_fp8_products else "bf16"
+    model = recipe.model.model_copy(update={"frozen_dtype": kept, "frozen_products": products})
+    return recipe.model_copy(update={"model": model})
 
 
 def sources_of(sources: Sources) -> list[SourceConfig]:

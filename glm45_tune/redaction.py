@@ -84,9 +84,9 @@ def redacted_yaml(text: str) -> str:
     """A recipe's file as it may be shown; one that is not YAML is searched as a text."""
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError:
+        hidden = redacted(document)
+    except (yaml.YAMLError, ValueError, RecursionError):
         return redacted_text(text)
-    hidden = redacted(document)
     return text if hidden == document else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
 
 

@@ -12,7 +12,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from glm45_tune.mcore.layers import experts, fast
+from glm45_tune.mcore.layers import fast, fp8, grouped
 
 HIDDEN, WIDTH = 4096, 1408
 ROUNDS, CALLS = 4, 8
@@ -67,9 +67,9 @@ def ways(kind: str, x, other, edges, tiles: bool):
     """→ name: a call that gives the product."""
     there = torch.zeros(x.shape[0], other.shape[-1], device=x.device, dtype=x.dtype) if kind == "add" else None
     ours = {
-        "m": lambda: experts.grouped_mm(x, other, edges),
-        "add": lambda: experts.grouped_add_(there, x, other, edges, 0.5),
-        "k": lambda: experts.grouped_outer(x, other, edges),
+        "m": lambda: grouped.grouped_mm(x, other, edges),
+        "add": lambda: grouped.grouped_add_(there, x, other, edges, 0.5),
+        "k": lambda: grouped.grouped_outer(x, other, edges),
     }
     torchs = {
         "m": lambda: F.grouped_mm(x, other, offs=edges[1:]),
@@ -92,6 +92,56 @@ def ways(kind: str, x, other, edges, tiles: bool):
     return found, there
 
 
+FP8_TILES = [(128, 208, True, 2), (128, 192, True, 2), (128, 192, True, 1), (128, 176, True, 2)]
+FP8_TILES += [(192, 128, True, 2), (128, 256, False, 1)]
+
+
+def in_fp8(num_experts: int, rows: int, edges, tiles: bool) -> None:
+    """The four products of frozen experts in FP8: by torch, as this project runs them, by other tiles; TFLOP/s beside milliseconds."""
+    sizes = {"fc1": (HIDDEN, 2 * WIDTH), "fc2": (WIDTH, HIDDEN)}
+    sizes |= {"fc2, gradient of its input": (HIDDEN, WIDTH), "fc1, gradient of its input": (2 * WIDTH, HIDDEN)}
+    scaled = fast._scaled_gemm()
+    for name, (inputs, outputs) in sizes.items():
+        x = fp8.quantize_rows(torch.randn(rows, inputs, device="cuda").bfloat16())
+        weight = torch.randn(num_experts, outputs, inputs, device="cuda", dtype=torch.bfloat16).to(fp8.FP8)
+        columns = None if "gradient" in name else torch.rand(num_experts, outputs, device="cuda") + 0.5
+        ones = torch.ones(num_experts, outputs, device="cuda") if columns is None else columns
+        found = {
+            "torch": lambda: torch._scaled_grouped_mm(
+                x.q,
+                weight.transpose(1, 2),
+                x.scale,
+                ones,
+                offs=edges[1:],
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            ),
+            "ours": lambda: fp8.grouped_product(x, weight, columns, edges, torch.bfloat16),
+        }
+        for m, n, pingpong, cluster in FP8_TILES * tiles:
+            tile = dict(tile_M=m, tile_N=n, pingpong=pingpong, cluster_M=1, cluster_N=cluster)
+            found[f"{m}x{n} pingpong {pingpong} cluster {cluster}"] = lambda t=tile: scaled.grouped_product(
+                *x, weight, columns, edges, torch.bfloat16, t
+            )
+        times, exact = {}, None
+        for way, call in list(found.items()):
+            try:
+                given = call().float()
+            except Exception as error:  # a tile that does not compile is no reason to lose the others
+                print(name, way, repr(error)[:300], flush=True)
+                del found[way]
+                continue
+            exact = given if exact is None else exact
+            if way == "ours":
+                print(f"{name}: differs from torch by {((given - exact).norm() / exact.norm()).item():.2e}")
+        for _ in range(ROUNDS):
+            for way, call in found.items():
+                times.setdefault(way, []).append(milliseconds(call))
+        work = 2 * rows * inputs * outputs / 1e9
+        medians = {way: statistics.median(kept) for way, kept in times.items()}
+        print(name, {way: f"{ms:.3f} ms, {work / ms:.0f}" for way, ms in medians.items()}, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--experts", type=int, default=128)
@@ -99,9 +149,13 @@ def main() -> None:
     parser.add_argument("-r", type=int, default=32)
     parser.add_argument("--only", nargs="+", help="beginnings of names")
     parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--fp8", action="store_true", help="the products of an FP8 base alone")
     arguments = parser.parse_args()
     edges = edges_of(arguments.experts, arguments.rows, "cuda")
     print(torch.cuda.get_device_name(), arguments)
+    if arguments.fp8:
+        in_fp8(arguments.experts, arguments.rows, edges, arguments.tiles)
+        return
     for name, (kind, x, other) in products(arguments.experts, arguments.rows, arguments.r, "cuda").items():
         if arguments.only and not name.startswith(tuple(arguments.only)):
             continue

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from glm45_tune.layout import Layout
+from glm45_tune.mcore.layers.fp8 import FP8, quantize_rows
+from glm45_tune.mcore.layers.weight import keep_turned
 from glm45_tune.mcore.lora import attach
 from glm45_tune.mcore.model import GLM45Model, ModelOptions
 from glm45_tune.recipe import LoraConfig
@@ -40,9 +42,21 @@ AIR = ModelSpec(
 
 @torch.no_grad()
 def randomise(model) -> None:
-    """Trained-like scales: zeros and ones would hide work."""
+    """Trained-like scales: zeros and ones would hide work. The weights of an FP8 base are the same values quantized."""
     for name, tensor in model.named_parameters():
-        tensor.normal_(1.0 if "norm" in name else 0.0, 0.02)
+        if tensor.dtype != FP8:
+            tensor.normal_(1.0 if "norm" in name else 0.0, 0.02)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            experts = (
+                zip(module.weight, module.weight_scale)
+                if module.weight.dim() == 3
+                else [(module.weight, module.weight_scale)]
+            )
+            for weight, scale in experts:
+                rows = quantize_rows(torch.empty_like(weight, dtype=torch.bfloat16).normal_(0.0, 0.02))
+                weight.copy_(rows.q)
+                scale.copy_(rows.scale)
 
 
 def positions_of(bounds: list[int], device) -> torch.Tensor:
@@ -60,16 +74,24 @@ def backward(loss: torch.Tensor, model) -> tuple[float, int]:
 class Ours:
     """GLM45Model under LoRA r 32 on every linear, any of which can be laid aside, or trained whole."""
 
-    def __init__(self, depth: int, lora: bool = True, r: int = 32):
-        self.model = GLM45Model(
-            dataclasses.replace(AIR, num_layers=depth), Layout(), ModelOptions(torch.bfloat16)
-        ).cuda()
+    def __init__(self, depth: int, lora: bool = True, r: int = 32, frozen_dtype: str = "bf16", **frozen):
+        """frozen: more of ModelOptions."""
+        options = ModelOptions(torch.bfloat16, frozen_dtype, **frozen)
+        self.model = GLM45Model(dataclasses.replace(AIR, num_layers=depth), Layout(), options).cuda()
         if lora:
             attach(self.model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), seed=1)
         randomise(self.model)
         self.model.train()
         self.linears = {name: m for name, m in self.model.named_modules() if getattr(m, "adapter", None) is not None}
         self.adapters = {name: linear.adapter for name, linear in self.linears.items()}
+
+    def keep_turned(self, keep: bool) -> None:
+        """Whether the transposes of FP8 weights are kept."""
+        for module in self.model.modules():
+            if hasattr(module, "weight_turned"):
+                module.weight_turned = None
+        if keep:
+            keep_turned(self.model)
 
     def set_depth(self, depth: int) -> None:
         """Run the first layers only."""

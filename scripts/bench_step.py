@@ -171,11 +171,17 @@ def profile(model: Ours, row) -> None:
     pstats.Stats(calls).sort_stats("tottime").print_stats(45)
 
 
+def in_fp8(model: Ours, targets, turned: bool):
+    model.keep_turned(turned)
+    return model.prepare(targets)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--peers", default="transformers", help="transformers, te, both with a comma, or none")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--fp8", action="store_true", help="a frozen base in FP8 beside the one in bf16")
     parser.add_argument("--full", action="store_true", help="full SFT instead of LoRA")
     arguments = parser.parse_args()
     runtime.start(Layout())
@@ -196,7 +202,7 @@ def main() -> None:
             report(cases, arguments.tokens, factor=6)
         return
     if arguments.profile:
-        model = Ours(DEEP)
+        model = Ours(DEEP, frozen_dtype="fp8" if arguments.fp8 else "bf16")
         for name, row in rows.items():
             print(f"profile, {name}")
             profile(model, row)
@@ -207,6 +213,20 @@ def main() -> None:
     for name, row in rows.items():
         cases.append(Timed(f"ours, {name}", lambda m: m["ours"].prepare(ATTENTION), row))
         cases.append(Timed(f"ours, all-linear, {name}", lambda m: m["ours"].prepare(None), row))
+        if arguments.fp8:
+            build["fp8"] = lambda depth: Ours(depth, frozen_dtype="fp8")
+            build["cast"] = lambda depth: Ours(depth, frozen_dtype="fp8", frozen_products="bf16")
+            for title, targets, turned in (
+                ("fp8", ATTENTION, False),
+                ("fp8, both orientations", ATTENTION, True),
+                ("fp8, all-linear", None, False),
+            ):
+                cases.append(
+                    Timed(f"ours, {title}, {name}", lambda m, t=targets, k=turned: in_fp8(m["fp8"], t, k), row)
+                )
+            cases.append(
+                Timed(f"ours, fp8 weights, bf16 products, {name}", lambda m: m["cast"].prepare(ATTENTION), row)
+            )
         if "transformers" in peers:
             build["transformers"] = Transformers
             how = "sdpa" if name == "one document" else "flex_attention"

@@ -30,7 +30,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.plan.cards import CARDS
 from glm45_tune.plan.planner import Hardware
-from glm45_tune.recipe import Recipe
+from glm45_tune.recipe import Recipe, with_frozen
 from glm45_tune.training.card import this_card
 
 TINY = dataclasses.replace(
@@ -178,6 +178,7 @@ def main() -> None:
     )
     parser.add_argument("-r", type=int, default=32)
     parser.add_argument("--targets", default="linear_qkv,linear_proj", help="or all-linear")
+    parser.add_argument("--frozen", default="bf16", choices=["bf16", "fp8"], help="what the frozen base is kept in")
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--expert-parallel", type=int, help="ranks that share the experts; all by default")
     parser.add_argument("--steps", type=int, default=5)
@@ -204,7 +205,7 @@ def main() -> None:
     }
     recipe = Recipe.from_dict(
         {
-            "model": {"path": "random", "params_dtype": "bf16"},
+            "model": {"path": "random", "params_dtype": "bf16", "frozen_dtype": arguments.frozen},
             "data": {"train": "none.jsonl", "seq_length": arguments.tokens},
             "parallel": {"expert_model_parallel_size": expert_ranks, "world_size": ranks},
             "train": train,
@@ -219,7 +220,9 @@ def main() -> None:
         row_of(arguments.tokens, is_packed, spec.vocab_size, seed + n, arguments.trained) for n in range(arguments.rows)
     ]
     hardware = hardware_of(batches, arguments.plan)
+    recipe = with_frozen(recipe, False, hardware.card.has_fp8)
     recipe = planner.with_recompute(spec, recipe, layout, runtime.stage(), hardware)
+    recipe = planner.with_turned(spec, recipe, layout, hardware)
     if arguments.plan:
         if dist.get_rank() == 0:
             print(planned(planner.plan(spec, recipe, layout, hardware)))

@@ -14,8 +14,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_CBWR", "AVX2")
 
 
+# files that start ranks, servers or many processes: `scripts/test.sh --fast` leaves them out
+SLOW = """
+    ahead children crash_safe data_bounds data_faults docs_rl family foreign_files fp8_base generate kernels labelled preference
+    processes report rl_loop rl_rewards router_losses run_files runtime secrets servers stream web
+""".split()
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu(count): needs that many NVIDIA cards")
+    config.addinivalue_line("markers", "slow: starts ranks, servers or many processes")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
 
 
 def pytest_runtest_setup(item):

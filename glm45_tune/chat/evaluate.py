@@ -5,12 +5,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from glm45_tune.chat.answers import Answer, fault_of, typed
 from glm45_tune.chat.model import ChatModel
+from glm45_tune.console import Terminal
 from glm45_tune.data.chat import HALF_A_PAIR, ChatRenderer, Sample, check_messages, check_tools
 from glm45_tune.data.files import files_of
 from glm45_tune.data.formats import canonical
@@ -133,12 +133,21 @@ def evaluate(
 
     exact: text equal after stripping white space, and the same calls. data: as what the answers are trained, for the perplexity.
     """
+    samples = check_questions(model.tokenizer, questions, think, data)
+    return {file: _score(model, asked, samples[file], think, max_new_tokens) for file, asked in questions.items()}
+
+
+def check_questions(
+    tokenizer: object,
+    questions: dict[str, list[Question]],
+    think: bool | None = None,
+    data: DataConfig | None = None,
+) -> dict[str, list[Sample]]:
+    """Render every question with its answer before the first is asked. Raises DataError for a row that is refused."""
     # the last answer is what is asked for; its row's format was recognised already
     changes = {"seq_length": _LONGEST, "overlong": "error", "turns": "last", "format": None}
-    renderer = ChatRenderer(model.tokenizer, (data or DataConfig(train="-")).model_copy(update=changes))
-    # all of them before the first answer: a row that is refused ends it
-    samples = {file: _samples(renderer, asked, think) for file, asked in questions.items()}
-    return {file: _score(model, asked, samples[file], think, max_new_tokens) for file, asked in questions.items()}
+    renderer = ChatRenderer(tokenizer, (data or DataConfig(train="-")).model_copy(update=changes))
+    return {file: _samples(renderer, asked, think) for file, asked in questions.items()}
 
 
 def _samples(renderer: ChatRenderer, questions: list[Question], think: bool | None) -> list[Sample]:
@@ -194,7 +203,7 @@ def _row(question: Question, answer: Answer) -> dict:
 
 def show(scores: list[dict]) -> None:
     """A table of scores (documents with `model` and `data`), and the first answer of each."""
-    console = Console(markup=False, emoji=False)  # names of files may hold what looks like markup
+    console = Terminal(markup=False, emoji=False)  # names of files may hold what looks like markup
     says_calls = any(score["num_calls"] for score in scores)
     table = Table("model", "data", "asked", "exact", "thinks", *["calls valid"] * says_calls, "perplexity")
     for score in scores:

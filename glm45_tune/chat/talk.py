@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from glm45_tune.chat.answers import Answer, Splitter, fault_of, typed
 from glm45_tune.chat.model import ChatModel
 from glm45_tune.chat.server import Server
+from glm45_tune.console import Terminal
 from glm45_tune.data.chat import check_tools
 from glm45_tune.errors import DataError, UserError
 from glm45_tune.terminal import is_text, visible
@@ -144,8 +144,8 @@ class Talk:
 
     def run(self, prompt: str | None) -> None:
         # what a model says may look like markup
-        self._terminal = Console(stderr=True, markup=False, emoji=False)
-        self._output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._terminal = Terminal(stderr=True, markup=False, emoji=False)
+        self._output = Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
         if prompt is not None:
             self._say(prompt)
             return

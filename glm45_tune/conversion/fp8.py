@@ -173,6 +173,13 @@ def _quantized(row: Row, layout: str) -> list[str]:
     return [name for expert in range(row.num_experts or 1) for name in row.hf_names(expert)]
 
 
+def quantize_channels(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [out, in] → (e4m3, fp32 scales [out]), as `Quantized` writes it by channel. NaN and infinity reach the scale."""
+    values = values.float()
+    scale = _scale_of(values, "channel")
+    return (values / scale).clamp_(-_LARGEST, _LARGEST).to(FP8), scale.squeeze(1)
+
+
 def _scale_of(values: torch.Tensor, layout: str) -> torch.Tensor:
     """The scale that makes the largest value of each row, or block, the largest of e4m3."""
     rows, columns = values.shape

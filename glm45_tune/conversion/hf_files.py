@@ -175,6 +175,20 @@ class HfDir:
         left, _, _ = columns.indices(self.shape(name)[1])
         return fp8.dequantize(tensor, scale, self.stored[scale.name].read(0, None, ALL), first, left)
 
+    def read_fp8(self, name: str, first: int, last: int, columns: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rows [first, last) of a weight as the file holds it, e4m3, and fp32 scales of its rows; None where it has no such.
+
+        Raises CheckpointError where a scale is no positive number.
+        """
+        scale = self.scales.get(name)
+        if scale is None or scale.columns != self.shape(name)[1]:
+            return None
+        whole = self.stored[scale.name].read(0, None, ALL).float().flatten()
+        if not bool(((whole > 0) & whole.isfinite()).all()):
+            wrong = whole[~((whole > 0) & whole.isfinite())][0].item()
+            raise CheckpointError(f"{self.path}: {scale.name} holds the scale {wrong}; allowed: positive numbers.")
+        return self.stored[name].read(first, last, columns), whole[torch.arange(first, last) // scale.rows]
+
     def check(self) -> None:
         """Raise CheckpointError unless the tensors are this model's, all of them, in its shapes and dtypes."""
         check_tensors(self)

@@ -5,10 +5,10 @@ import json
 from dataclasses import asdict
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from glm45_tune.console import Terminal
 from glm45_tune.data.chat import Sample
 from glm45_tune.data.formats import PROMPT_FIELDS
 from glm45_tune.data.packing import BatchPlan
@@ -131,7 +131,7 @@ def document(corpus: Corpus, summary: dict, tokenizer, show: int) -> dict:
 
 def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
     """The person's view of the same."""
-    console = Console(markup=False, emoji=False)  # rows and names of files may hold what looks like markup
+    console = Terminal(markup=False, emoji=False)  # rows and names of files may hold what looks like markup
     has_colour = console.color_system is not None and not console.no_color
     table = Table(show_header=False, box=None, pad_edge=False)
     lengths = summary["lengths"]
@@ -161,7 +161,7 @@ def show(corpus: Corpus, summary: dict, tokenizer, count: int) -> None:
         console.print(coloured(sample, tokenizer, has_colour))
         if summary["kind"] == "rl":
             columns = ", ".join(f"{key}={value!r}" for key, value in sample.row.items() if key not in PROMPT_FIELDS)
-            console.print(visible(f"kept for the reward: {columns or 'nothing'}"), highlight=False)
+            console.print(f"kept for the reward: {columns or 'nothing'}", highlight=False)
     for line in (*listed(corpus.left_out), *listed(corpus.faults)):
         console.print(Text(visible(line), "red" if corpus.faults else ""))
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glm45_tune.conversion.outdir import MARKER
 from glm45_tune.errors import UserError
-from glm45_tune.hub.curves import draw, read_metrics
+from glm45_tune.hub.curves import draw
 from glm45_tune.hub.serving import serving
 from glm45_tune.plan.models import PUBLIC
 from glm45_tune.quoting import code, fenced, markdown, path_argument, shell, yaml_text
 from glm45_tune.recipe import Recipe, sources_of
 from glm45_tune.redaction import redacted_text
+from glm45_tune.run.files import RECIPE_FILE, DamagedError, Facts, read_evaluations, read_metrics
 from glm45_tune.spec import ModelSpec
-from glm45_tune.training.run_directory import RECIPE_FILE
 
-CARD, CURVES, EVALUATION = "README.md", "curves.svg", "eval.json"
+CARD, CURVES = "README.md", "curves.svg"
 
 _REPOSITORY = r"[A-Za-z0-9][\w.-]*(?<![.-])/[A-Za-z0-9][\w.-]{0,95}(?<![.-])"
 
@@ -77,7 +78,7 @@ def _name_in_cache(path: Path) -> str | None:
 class Card:
     """A run's card, ready to be written. Raises UserError at once when its template cannot be used."""
 
-    def __init__(self, run: Path, facts: dict, step: int, spec: ModelSpec, is_adapter: bool):
+    def __init__(self, run: Path, facts: Facts, step: int, spec: ModelSpec, is_adapter: bool):
         self.recipe = Recipe.load(run / RECIPE_FILE)
         self.base = base_of(self.recipe)
         self._run, self._facts, self._step, self._spec, self._is_adapter = run, facts, step, spec, is_adapter
@@ -99,7 +100,7 @@ class Card:
         (directory / CURVES).write_text(draw(self._metrics()), encoding="utf-8")
 
     def _metrics(self) -> list[dict]:
-        return [line for line in read_metrics(self._run) if line["step"] <= self._step]
+        return [line for line in read_metrics(self._run)[0] if line["step"] <= self._step]
 
     def _variables(self, name: str, is_fp8: bool) -> dict:
         what = f"LoRA r {self._facts['lora']['r']}" if self._facts["lora"] else "all weights"
@@ -206,10 +207,12 @@ class Card:
         return {"table": "\n".join(lines), "said": said}
 
     def _scores(self) -> list[dict]:
-        """Of the run's own eval.json, this step's entries."""
-        path = self._run / EVALUATION
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        return [entry for entry in found if entry["step"] == self._step]
+        """Of the run's own eval.json, this step's entries; none, with a word, where it is damaged."""
+        try:
+            return [entry for entry in read_evaluations(self._run) if entry["step"] == self._step]
+        except DamagedError as error:
+            print(f"{error} The card leaves the scores out.", file=sys.stderr)
+            return []
 
     def _thinking(self) -> str:
         """How often this model thought before it answered, as far as that was measured."""

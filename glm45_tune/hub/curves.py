@@ -1,9 +1,7 @@
 """The curves of a run as one SVG picture, drawn from metrics.jsonl: losses, and what moved them."""
 
-import json
 import math
 from html import escape
-from pathlib import Path
 
 WIDTH, HEIGHT = 760, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 34, 30
@@ -19,13 +17,6 @@ _PANELS = (
 _MOST_POINTS = 600
 
 Points = list[tuple[float, float]]
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl that are whole."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def draw(metrics: list[dict]) -> str:

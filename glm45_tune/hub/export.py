@@ -11,13 +11,13 @@ from glm45_tune.conversion.fp8 import Quantized
 from glm45_tune.conversion.hf_files import TOKENIZER_FILES
 from glm45_tune.conversion.mcore_files import McoreDir
 from glm45_tune.conversion.names import mtp_copies
-from glm45_tune.conversion.outdir import check_free, read_marker
+from glm45_tune.conversion.outdir import check_free
 from glm45_tune.conversion.stream import open_model, to_hf
 from glm45_tune.conversion.tensors import ALL, HfReader, fingerprint
 from glm45_tune.errors import CheckpointError
 from glm45_tune.hub.card import Card
 from glm45_tune.recipe import LoraConfig
-from glm45_tune.training.run_directory import RUN_FILE
+from glm45_tune.run.files import Facts, read_facts
 
 
 class Trained:
@@ -61,7 +61,7 @@ def export(
     model is gone or another.
     """
     run, output = Path(run), Path(output)
-    facts = facts_of(run)
+    facts = read_facts(run)
     check_free(output, "adapter" if adapter_only else "export", run, facts["model"])
     checkpoint = checkpoint_of(run, step)
     base = trained_on(run, facts)
@@ -99,19 +99,7 @@ def export(
         shutil.rmtree(holder)
 
 
-def facts_of(run: Path) -> dict:
-    """What a run's glm45_tune.json says. Raises CheckpointError where there is none, or it is damaged."""
-    if not (run / RUN_FILE).is_file():
-        raise CheckpointError(f"{run}: no {RUN_FILE} here; not a run of ours.")
-    facts = read_marker(run)
-    if facts and facts.get("kind") != "run":
-        raise CheckpointError(f"{run}: holds a {facts.get('kind')!r}, not a run.")
-    if not facts or not {"model", "fingerprint", "lora"} <= set(facts):
-        raise CheckpointError(f"{run / RUN_FILE}: is damaged: it does not say what was trained.")
-    return facts
-
-
-def trained_on(run: Path, facts: dict) -> HfReader:
+def trained_on(run: Path, facts: Facts) -> HfReader:
     """The model that a run was trained on. Raises CheckpointError when it is gone or another."""
     base = open_model(facts["model"])
     if fingerprint(base) != facts["fingerprint"]:

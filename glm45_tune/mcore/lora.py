@@ -33,7 +33,7 @@ class Pair(torch.nn.Module):
         super().__init__()
         weight = linear.weight
         stack = weight.shape[:-2]
-        new = dict(dtype=weight.dtype, device=weight.device)
+        new = dict(dtype=linear.config.params_dtype, device=weight.device)
         self.rows = rows
         self.lora_A = torch.nn.Parameter(torch.empty(*stack, r, input_size, **new))
         self.lora_B = torch.nn.Parameter(torch.zeros(*stack, output_size, r, **new))

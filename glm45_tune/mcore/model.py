@@ -12,7 +12,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import checkpoint, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import (
@@ -47,6 +47,10 @@ class ModelOptions:
     """What a run chooses about the model; sizes come from the checkpoint. Names are megatron's."""
 
     params_dtype: torch.dtype = torch.float32
+    frozen_dtype: str = "bf16"
+    """fp8: the linears' weights are frozen and in FP8 (`layers/weight.py`); bf16: in params_dtype."""
+    frozen_products: str = "fp8"
+    """What FP8 weights are multiplied in: fp8, or bf16 for params_dtype."""
     with_mtp: bool = False
     recompute_granularity: str | None = None
     recompute_method: str | None = None
@@ -116,6 +120,7 @@ def transformer_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -
         deterministic_mode=options.deterministic,
     )
     config.recompute_modules = options.recompute_modules  # megatron knows no `attention`
+    config.frozen_dtype, config.frozen_products = options.frozen_dtype, options.frozen_products  # read by our layers
     return config
 
 
@@ -177,7 +182,7 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
         pre_mlp_layernorm=LayerNorm, mlp=partial(MoE, submodules=mlp), mlp_bda=get_bias_dropout_add
     )
     mtp_layer = MultiTokenPredictionLayerSubmodules(
-        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnLinear
+        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnParallelLinear
     )
     return ModuleSpec(
         module=Stack,

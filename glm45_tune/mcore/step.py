@@ -28,6 +28,7 @@ from glm45_tune.mcore import chunks, lora, optimizer, runtime
 from glm45_tune.mcore.freeze import freeze
 from glm45_tune.mcore.interleaved import TwoWayCommunicator
 from glm45_tune.mcore.layers.router import Replay, Router
+from glm45_tune.mcore.layers.weight import keep_turned
 from glm45_tune.mcore.load import load_weights
 from glm45_tune.mcore.model import ModelOptions
 from glm45_tune.mcore.optimizer import DTYPES
@@ -67,6 +68,8 @@ def model_options(recipe: Recipe) -> ModelOptions:
     default = ["core_attn"] if train.recompute_granularity == "selective" else []
     return ModelOptions(
         params_dtype=DTYPES[recipe.model.params_dtype],
+        frozen_dtype="fp8" if recipe.model.frozen_dtype == "fp8" else "bf16",
+        frozen_products="bf16" if recipe.model.frozen_products == "bf16" else "fp8",
         with_mtp=recipe.model.mtp_loss_scaling_factor > 0,
         recompute_granularity=train.recompute_granularity,
         recompute_method=train.recompute_method if full else None,
@@ -92,8 +95,12 @@ class Trainer:
         self.module = chunks.build(source.spec, layout, model_options(recipe))
         if recipe.lora is not None:
             lora.attach(self.module, recipe.lora, recipe.train.seed)
-        load_weights(self.module, source)
+        self.quantization = load_weights(self.module, source)
+        """What a frozen base in FP8 is on all ranks, a line a kind of weight; nothing of one in bf16."""
         self.module.to(runtime.device())
+        self.keeps_turned = bool(recipe.model.frozen_turned)
+        if self.keeps_turned:
+            keep_turned(self.module)
         self.config = self.module.config
         self.num_predictions = 1 + (self.config.mtp_num_layers or 0)
         if recipe.train.freeze:

@@ -104,6 +104,22 @@ class Sizes:
     def is_full(self) -> bool:
         return self.recipe.lora is None
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether the frozen matrices are kept in FP8."""
+        return self.recipe.model.frozen_dtype == "fp8" and not self.is_full
+
+    @property
+    def by_fp8(self) -> bool:
+        """Whether they are multiplied in FP8."""
+        return self.in_fp8 and self.recipe.model.frozen_products != "bf16"
+
+    def rows_for(self, matrix: str, size: int) -> int:
+        """Bytes of rows of `size` that this matrix is multiplied with: one a number in FP8, and theirs where an adapter wants them."""
+        if not self.by_fp8:
+            return size
+        return size // self.d + size * self.learns(matrix)
+
     def pairs(self, matrix: str) -> int:
         """Low-rank pairs beside a matrix."""
         return 0 if self.is_full else len(self.recipe.lora.targets_of(matrix))
@@ -309,15 +325,16 @@ def _moe_moments(sizes: Sizes) -> list[list[Term]]:
     return [
         _terms(
             arrived,
-            ("gradient of output rows", rows, "combine backward", True),
-            ("gradients of product, gate, up", 3 * narrow, "SwiGLU backward", True),
+            ("gradient of output rows", sizes.rows_for(fc2, rows), "combine backward", True),
+            ("gradient of the product", narrow, "SwiGLU backward", True),
+            ("gradients of gate, up", sizes.rows_for(fc1, 2 * narrow), "SwiGLU backward", True),
             ("product again", narrow, "linear_fc2", sizes.learns(fc2)),
             ("the product after dropout", narrow, "LoRA", drops and sizes.pairs(fc2) > 0),
             ("gradient of linear_fc2", weight, "before it joins the buffer", True),
         ),
         _terms(
             arrived,
-            ("gradients of gate, up", 2 * narrow, "linear_fc1", True),
+            ("gradients of gate, up", sizes.rows_for(fc1, 2 * narrow), "linear_fc1", True),
             ("gradient of input rows", rows, "linear_fc1", True),
             ("input rows again", rows, "linear_fc1", sizes.learns(fc1)),
             ("the input rows after dropout", rows, "LoRA", drops and sizes.pairs(fc1) > 0),

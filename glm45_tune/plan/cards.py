@@ -23,6 +23,11 @@ class Card:
     node_link_gb_s: float = 50.0
     """Between hosts, one direction, a card: one 400 Gb/s adapter each. Of your network, not of the card."""
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether it multiplies in FP8. Those that do not are named; a card that is described is taken to."""
+        return self.name not in ("a100", "a800")
+
 
 CARDS = {
     card.name: card
@@ -78,7 +83,7 @@ def _values(changes: str, text: str) -> dict[str, float]:
         except ValueError:
             values[key] = -1.0
         if key not in _KEYS or not 0 < values[key] < float("inf"):
-            raise UserError(f"--gpu {text}: {change!r} is not NAME=NUMBER with a number above 0. {_HOW}")
+            raise UserError(f"--gpu {text}: {change!r} is not NAME=NUMBER above 0. {_HOW}")
     return values
 
 

@@ -5,13 +5,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
+from glm45_tune.console import Terminal
 from glm45_tune.errors import LayoutError, UserError
 from glm45_tune.plan import planner, report, slurm
 from glm45_tune.plan.cards import CARDS, Card, find_card
 from glm45_tune.plan.memory import GIB
-from glm45_tune.plan.models import find_spec
+from glm45_tune.plan.models import find_spec, is_fp8
 from glm45_tune.plan.planner import Hardware, Plan
 from glm45_tune.recipe import Recipe
 from glm45_tune.section import MOST_RANKS
@@ -64,6 +63,8 @@ def ask(request: Request) -> Question:
             f"cut to that. Give at most {length}, or raise data.seq_length."
         )
     spec, origin = find_spec(recipe.model.path)
+    if recipe.model.frozen_dtype == "auto" and recipe.lora is not None and is_fp8(recipe.model.path):
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"frozen_dtype": "fp8"})})
     return Question(request, recipe, spec, origin, request.gpus or recipe.parallel.layout().world_size)
 
 
@@ -99,10 +100,10 @@ def plan_as_it_is(question: Question, as_json: bool, as_script: bool) -> None:
             print(warning, file=sys.stderr)
 
 
-def _console() -> Console:
+def _console() -> Terminal:
     """As wide as the terminal; wide enough for the tables in a file. A path may hold what looks like markup."""
-    width = None if Console().is_terminal else 140
-    return Console(width=width, markup=False, emoji=False)
+    width = None if Terminal().is_terminal else 140
+    return Terminal(width=width, markup=False, emoji=False)
 
 
 def _plan(question: Question, card: Card) -> Plan:

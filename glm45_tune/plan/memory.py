@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from glm45_tune.layout import Layout
 from glm45_tune.plan import activations as acts
 from glm45_tune.plan.activations import DTYPE_BYTES, Sizes, total
-from glm45_tune.plan.weights import Weights, ends_weights, layer_weights
+from glm45_tune.plan.weights import Weights, attention, ends_weights, layer_weights, mlp
 from glm45_tune.recipe import Recipe
 from glm45_tune.spec import ModelSpec
 
@@ -165,12 +165,12 @@ class Model:
         is_last = stage == len(self.stages) - 1
         kept, working, worst = self._backward(stage, recompute, is_last)
         gradients, optimizer, adam = self._optimizer(counted)
-        base, adapters = counted.dense + counted.expert, counted.lora_dense + counted.lora_expert
+        adapters = counted.lora_dense + counted.lora_expert
         standing_working = kept + working
         return StageMemory(
             stage=stage,
             num_layers=self.stages[stage],
-            weights=base * d,
+            weights=self._base_bytes(counted),
             lora=adapters * d,
             gradients=gradients,
             optimizer=optimizer,
@@ -183,6 +183,18 @@ class Model:
             in_flight=self.in_flight(stage),
             recompute=recompute.layers,
         )
+
+    def _base_bytes(self, counted: Weights) -> float:
+        """The base as it is kept: of FP8 matrices a byte a weight and four a channel, and what backward wants of their transposes."""
+        base, d = counted.dense + counted.expert, self.sizes.d
+        if not self.sizes.in_fp8:
+            return base * d
+        size = (base - counted.matrices) * d + counted.matrices + 4 * counted.channels
+        if self.sizes.by_fp8 and self.recipe.model.frozen_turned:
+            return size + counted.matrices
+        both = (*mlp(self.spec, self.layout, True), *mlp(self.spec, self.layout, False))
+        largest = max(matrix.size for matrix in (*attention(self.spec, self.layout), *both))
+        return size + largest * (1 if self.sizes.by_fp8 else d)  # one at a time, turned or cast
 
     def _wire(self, stage: int) -> float:
         """Bytes of the rows that a dispatch sends: as many again arrive."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from glm45_tune.errors import CheckpointError
-from glm45_tune.spec import ModelSpec, load_spec
+from glm45_tune.spec import ModelSpec, load_spec, read_config
 
 _BOTH = {
     "model_type": "glm4_moe",
@@ -73,3 +73,10 @@ def find_spec(path: str) -> tuple[ModelSpec, str]:
             f"(the weights need not be there), or a name that ends in one of: {', '.join(PUBLIC)}."
         )
     return ModelSpec.from_config(PUBLIC[known], known), f"the public config.json of {known} ({path} is not here)"
+
+
+def is_fp8(path: str) -> bool:
+    """Whether a recipe's model.path names a checkpoint in FP8: by its config.json, or a public one's name."""
+    if Path(path).exists():
+        return bool(read_config(path).get("quantization_config"))
+    return Path(path).name.lower().endswith("-fp8")

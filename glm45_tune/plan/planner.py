@@ -8,7 +8,7 @@ from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
 from glm45_tune.plan.memory import GIB, Model, StageMemory
 from glm45_tune.plan.timing import StepTime, step_seconds
-from glm45_tune.recipe import ParallelConfig, Recipe
+from glm45_tune.recipe import ParallelConfig, Recipe, with_frozen
 from glm45_tune.spec import ModelSpec
 
 # more are not tried where a recipe does not fit
@@ -59,7 +59,7 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
     check(spec, recipe, layout)
     if recipe.train.recompute_granularity == "auto":
         return auto(spec, recipe, layout, hardware)[0]
-    model = Model(spec, layout, recipe)
+    model = Model(spec, layout, _on(recipe, hardware.card))
     return _of(model, hardware, model.all_stages())
 
 
@@ -78,12 +78,29 @@ def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, 
     return found.recipe.model_copy(update={"train": found.recipe.train.model_copy(update=chosen)})
 
 
+def with_turned(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Recipe:
+    """The recipe with `model.frozen_turned` settled: kept where that fits beside a step that recomputes nothing.
+
+    A GiB of activations that need not be computed again saves more time than one of transposes. `recipe` is what `with_recompute` gives.
+    """
+    model, train = recipe.model, recipe.train
+    if model.frozen_turned is not None:
+        return recipe
+    keeps = recipe.model_copy(update={"model": model.model_copy(update={"frozen_turned": True})})
+    turns = (
+        model.frozen_dtype == "fp8" and model.frozen_products != "bf16" and hardware.card.tflops > 0
+    )  # a CPU does not
+    if turns and train.recompute_granularity is None and plan(spec, keeps, layout, hardware).fits:
+        return keeps
+    return recipe.model_copy(update={"model": model.model_copy(update={"frozen_turned": False})})
+
+
 def auto(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]]:
     """Recompute `auto`, and how many first layers of each stage's segments it computes again: all where nothing fits."""
     found = _fastest(spec, recipe, layout, hardware)
     if found:
         return found
-    model = Model(spec, layout, recipe)
+    model = Model(spec, layout, _on(recipe, hardware.card))
     stages = [model.memory(stage, model.first_layers(stage, count)) for stage, count in enumerate(model.stages)]
     return _of(model, hardware, stages), model.stages
 
@@ -96,7 +113,7 @@ def _fastest(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware
     free, best, named = hardware.card.memory_gib * GIB, None, recipe.train.recompute_modules
     for modules in ([], ["attention"], ["moe"]) if named is None else (named,):
         train = recipe.train.model_copy(update={"recompute_modules": modules})
-        model = Model(spec, layout, recipe.model_copy(update={"train": train}))
+        model = Model(spec, layout, _on(recipe.model_copy(update={"train": train}), hardware.card))
         again = [model.least(stage, free) for stage in range(len(model.stages))]
         if None in again:
             continue
@@ -108,6 +125,11 @@ def _fastest(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware
         if not any(again):
             break  # with nothing left out it fits
     return best
+
+
+def _on(recipe: Recipe, card: Card) -> Recipe:
+    """The recipe with what this card multiplies frozen FP8 weights in."""
+    return with_frozen(recipe, recipe.model.frozen_dtype == "fp8", card.has_fp8)
 
 
 def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
@@ -128,12 +150,12 @@ def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardwa
     best = None
     for modules in ([], ["attention"], ["moe"]):
         changes = {"recompute_granularity": "auto", "recompute_modules": modules}
-        model = Model(spec, layout, _with_train(recipe, **changes))
+        model = Model(spec, layout, _on(_with_train(recipe, **changes), hardware.card))
         again = model.least_everywhere(hardware.card.memory_gib * GIB)
         if again is None:
             continue
         settings = _with_train(recipe, **_settings(again, modules)).model_copy(update={"parallel": parallel})
-        model = Model(spec, layout, settings)
+        model = Model(spec, layout, _on(settings, hardware.card))
         found = _of(model, hardware, model.all_stages())
         if best is None or found.tokens_per_second > best.tokens_per_second:
             best = found

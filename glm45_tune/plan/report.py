@@ -115,6 +115,8 @@ def show(plan: Plan, origin: str, data_tokens: float | None, console: Console) -
     console.print(
         f"model      {spec.num_layers} layers, {spec.num_moe_experts} experts; sizes from {origin}", highlight=False
     )
+    if recipe.model.frozen_dtype == "fp8":
+        console.print(f"base       frozen in FP8, products in {recipe.model.frozen_products}", highlight=False)
     console.print(f"training   {what}; rows of {recipe.data.seq_length} tokens", highlight=False, soft_wrap=True)
     console.print(f"layout     {layout_text(plan)}: {hardware.gpus} × {card.name}", highlight=False, soft_wrap=True)
     console.print(f"recompute  {recompute_text(plan)}", highlight=False, soft_wrap=True)

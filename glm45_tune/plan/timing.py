@@ -85,8 +85,16 @@ class _Layer:
                 self.lora_backward += rows * sizes.d * (2 * matrix.outputs + again * matrix.inputs)
         # causal: half of every document's square, QK^T and PV
         self.attention = 2.0 * sizes.tokens * document_tokens * spec.query_size / sizes.tp
-        self.attention_again = self.attention * (sizes.again("core_attn") or sizes.again("attention"))
+        # what attention takes of every token, however short its document, in units of the measured row
+        self.attended = sizes.tokens * spec.query_size / sizes.tp / (rates.TOKENS * rates.ATTENTION_QUERY_SIZE)
+        self.attends_again = sizes.again("core_attn") or sizes.again("attention")
         self.traffic = sizes.cut_tokens * spec.hidden_size * sizes.d
+        self.matrix_tflops = rates.FP8_TFLOPS if sizes.by_fp8 else rates.MATRIX_TFLOPS
+        # bytes moved for the sake of FP8 weights: turned for backward, or cast each time
+        size = sum(matrix.size for matrix in (*attention(spec, model.layout), *mlp(spec, model.layout, is_moe)))
+        casts = sizes.in_fp8 and not sizes.by_fp8
+        turns = sizes.by_fp8 and not model.recipe.model.frozen_turned
+        self.frozen_forward, self.frozen_backward = 3 * size * casts, 3 * size * casts + 2 * size * turns
 
 
 @cache
@@ -103,10 +111,24 @@ def _remainders() -> tuple[float, float]:
 def _known(layer: _Layer, card: Card, forward: bool, backward: bool) -> tuple[float, float]:
     """Seconds of the matrix products and of the attention of a layer."""
     scale = card.tflops / CARDS[rates.MEASURED_CARD].tflops * 1e12
-    matrices = (forward * layer.forward + backward * layer.backward) / (rates.MATRIX_TFLOPS * scale)
-    attended = forward * layer.attention / (rates.ATTENTION_FORWARD_TFLOPS * scale)
-    attended += backward * 2.5 * layer.attention / (rates.ATTENTION_BACKWARD_TFLOPS * scale)
+    matrices = (forward * layer.forward + backward * layer.backward) / (layer.matrix_tflops * scale)
+    attended = forward * _attention_seconds(layer, card) + backward * (
+        2.5 * layer.attention / (rates.ATTENTION_BACKWARD_TFLOPS * scale)
+        + _passed(layer, card, rates.ATTENTION_BACKWARD_MS)
+    )
     return matrices, attended
+
+
+def _attention_seconds(layer: _Layer, card: Card) -> float:
+    """Seconds of a layer's attention forward."""
+    scale = card.tflops / CARDS[rates.MEASURED_CARD].tflops * 1e12
+    work = layer.attention / (rates.ATTENTION_FORWARD_TFLOPS * scale)
+    return work + _passed(layer, card, rates.ATTENTION_FORWARD_MS)
+
+
+def _passed(layer: _Layer, card: Card, milliseconds: float) -> float:
+    """Seconds of what the measured row took so many milliseconds for, by its memory traffic."""
+    return layer.attended * milliseconds / 1e3 * CARDS[rates.MEASURED_CARD].bandwidth_gb_s / card.bandwidth_gb_s
 
 
 def _streamed(size: float, card: Card) -> float:
@@ -118,18 +140,19 @@ def _layer_seconds(layer: _Layer, card: Card, again: bool) -> np.ndarray:
     """Seconds of matrices, attention and the rest of one layer, forward and backward, and forward again."""
     both, forward = _remainders()
     slower = CARDS[rates.MEASURED_CARD].bandwidth_gb_s / card.bandwidth_gb_s
-    lora = _streamed(layer.lora_forward + layer.lora_backward, card)
-    seconds = np.array([*_known(layer, card, True, True), both * layer.traffic * slower + lora])
+    moved = _streamed(layer.lora_forward + layer.lora_backward + layer.frozen_forward + layer.frozen_backward, card)
+    seconds = np.array([*_known(layer, card, True, True), both * layer.traffic * slower + moved])
     if not again:  # what selective recompute does inside the layer
         scale = card.tflops / CARDS[rates.MEASURED_CARD].tflops * 1e12
-        matrices = layer.again / (rates.MATRIX_TFLOPS * scale)
-        rest = (forward * layer.traffic * slower + _streamed(layer.lora_forward, card)) * layer.again / layer.forward
-        seconds += [matrices, layer.attention_again / (rates.ATTENTION_FORWARD_TFLOPS * scale), rest]
+        matrices = layer.again / (layer.matrix_tflops * scale)
+        moved = _streamed(layer.lora_forward + layer.frozen_forward, card)
+        rest = (forward * layer.traffic * slower + moved) * layer.again / layer.forward
+        seconds += [matrices, layer.attends_again * _attention_seconds(layer, card), rest]
     else:
         matrices, attended = _known(layer, card, True, False)
         share = layer.whole_again / layer.forward
-        lora = _streamed(layer.lora_forward, card) * share
-        seconds += [matrices * share, attended, forward * layer.traffic * slower + lora]
+        moved = _streamed(layer.lora_forward + layer.frozen_forward, card) * share
+        seconds += [matrices * share, attended, forward * layer.traffic * slower + moved]
     return seconds
 
 

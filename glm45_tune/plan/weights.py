@@ -1,6 +1,6 @@
 """How many weights one rank of a stage holds: matrices, their adapters, and the rest. Counts, no bytes."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import LoraConfig
@@ -63,23 +63,23 @@ def adapter_size(matrix: Matrix, lora: LoraConfig | None, spec: ModelSpec) -> in
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Counts of one rank: base weights and adapters, each outside (dense) and inside the routed experts."""
+    """Counts of one rank: base weights and adapters, each outside (dense) and inside the routed experts. Of the base: those in the
+
+    layers' matrices, and these matrices' output channels.
+    """
 
     dense: int = 0
     expert: int = 0
     lora_dense: int = 0
     lora_expert: int = 0
+    matrices: int = 0
+    channels: int = 0
 
     def __add__(self, other: "Weights") -> "Weights":
-        return Weights(
-            self.dense + other.dense,
-            self.expert + other.expert,
-            self.lora_dense + other.lora_dense,
-            self.lora_expert + other.lora_expert,
-        )
+        return Weights(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
 
     def __mul__(self, times: int) -> "Weights":
-        return Weights(self.dense * times, self.expert * times, self.lora_dense * times, self.lora_expert * times)
+        return Weights(*(mine * times for mine in astuple(self)))
 
 
 def layer_weights(spec: ModelSpec, layout: Layout, lora: LoraConfig | None, is_moe: bool) -> Weights:
@@ -95,6 +95,7 @@ def layer_weights(spec: ModelSpec, layout: Layout, lora: LoraConfig | None, is_m
     for matrix in (*attention(spec, layout), *mlp(spec, layout, is_moe)):
         adapter = adapter_size(matrix, lora, spec)
         total += Weights(0, matrix.size, 0, adapter) if matrix.is_expert else Weights(matrix.size, 0, adapter, 0)
+        total += Weights(matrices=matrix.size, channels=matrix.outputs * matrix.count)
     return total
 
 

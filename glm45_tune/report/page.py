@@ -3,11 +3,31 @@
 import html
 import json
 import math
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glm45_tune.errors import UserError
 from glm45_tune.redaction import redacted_yaml
+from glm45_tune.run.files import (
+    METRICS_FILE,
+    REPORT_FILE,
+    Conversation,
+    DamagedError,
+    Evaluation,
+    Facts,
+    Text,
+    read_evaluations,
+    read_facts,
+    read_load,
+    read_metrics,
+    read_recipe,
+    read_samples,
+)
+from glm45_tune.run.scratch import sweep
+from glm45_tune.system.files import write_whole
 
 # (title, unit, keys; one that ends with / stands for all keys that begin so)
 CHARTS = (
@@ -35,62 +55,73 @@ CHARTS = (
 MAX_POINTS = 1000
 # of whose conversations a report of reinforcement learning shows some
 MAX_STEPS_SHOWN = 6
+MAX_DAMAGED_SHOWN = 20
+_DOCTYPE = b"<!doctype html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write(run: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of a run, finished or under way, to `output` (RUN/report.html). Raises UserError where there is no run."""
     run = Path(run)
-    if not (run / "metrics.jsonl").is_file():
-        raise UserError(f"{run}: no metrics.jsonl here. The report is of a run's output_dir, after its first step.")
-    output = Path(output) if output else run / "report.html"
-    if output.is_file() and not output.read_bytes().lstrip()[:14].lower().startswith(b"<!doctype html"):
-        raise UserError(f"{output}: exists and is no HTML page, so it is not replaced. Choose another --output.")
-    rows = _lines(run / "metrics.jsonl")
+    if not (run / METRICS_FILE).is_file():
+        raise UserError(f"{run}: no {METRICS_FILE} here. The report is of a run's output_dir, after its first step.")
+    output = Path(output) if output else run / REPORT_FILE
+    _check_replaced(output)
+    sweep(run)
+    rows, damaged = read_metrics(run)
     if not rows:
-        raise UserError(f"{run}/metrics.jsonl: no step is done yet.")
-    try:
-        facts = json.loads((run / "glm45_tune.json").read_text(encoding="utf-8"))
-        told = _facts(rows, facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}/glm45_tune.json: is damaged ({error!r}): it does not say what was trained.") from error
+        raise UserError(f"{run / METRICS_FILE}: {'no line can be read' if damaged else 'no step is done yet'}.")
+    facts = read_facts(run)
+    samples, more = read_samples(run)
+    damaged += more
     document = {
         "charts": _charts(rows),
         "layers": _table(rows, "moe/load/layer_"),
-        "experts": _experts(run / "expert_load.json"),
+        "experts": _experts(_unless_damaged(read_load, run, damaged)),
     }
-    page = _TEMPLATE.read_text(encoding="utf-8")
+    evaluations = _unless_damaged(read_evaluations, run, damaged)
+    recipe = _unless_damaged(read_recipe, run, damaged)
     parts = {
         "TITLE": html.escape(run.resolve().name),
-        "FACTS": told,
-        "EVALUATION": _evaluation(run / "eval.json"),
-        "SAMPLES": _samples(run / "samples.jsonl"),
-        "RECIPE": html.escape(redacted_yaml((run / "recipe.yaml").read_text(encoding="utf-8"))),
+        "FACTS": _facts(rows, facts),
+        "EVALUATION": _evaluation(evaluations),
+        "SAMPLES": _samples(samples),
+        "RECIPE": html.escape(redacted_yaml(recipe or "")),
         "VERSIONS": html.escape(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())),
+        "DAMAGED": "".join(f"<p class=none>{html.escape(sentence)}</p>" for sentence in damaged[:MAX_DAMAGED_SHOWN]),
         # a text such as </script> in a key must not end the script
-        "DATA": json.dumps(document).replace("<", "\\u003c"),
+        "DATA": json.dumps(document, allow_nan=False).replace("<", "\\u003c"),
     }
-    for name, value in parts.items():
-        page = page.replace(f"@@{name}@@", value)
+    # one pass: what a part holds is not looked at again
+    page = re.sub(r"@@([A-Z]+)@@", lambda found: parts[found[1]], _TEMPLATE.read_text(encoding="utf-8"))
+    for sentence in damaged[:MAX_DAMAGED_SHOWN]:
+        print(f"{run}: {sentence} The page leaves it out.", file=sys.stderr)
+    if len(damaged) > MAX_DAMAGED_SHOWN:
+        print(f"{run}: {len(damaged) - MAX_DAMAGED_SHOWN} more such faults.", file=sys.stderr)
     try:
-        output.write_text(page, encoding="utf-8")
+        write_whole(output, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise UserError(f"{output}: {error.strerror}.") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror}).") from error
     return output
 
 
-def _lines(path: Path) -> list[dict]:
-    """The whole lines; the last one may be under way."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
-        if line.endswith("}"):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(
-                    f"{path}: line {number} is not JSON: {error}. Its run wrote something else there."
-                ) from error
-    return found
+def _check_replaced(output: Path) -> None:
+    """Raise UserError when a file stands there that is neither a page nor the beginning of one."""
+    try:
+        head = output.read_bytes().lstrip()[: len(_DOCTYPE)].lower() if output.is_file() else b""
+    except OSError as error:
+        raise UserError(f"{output}: cannot be read ({error.strerror}). Choose another --output.") from error
+    if not _DOCTYPE.startswith(head):
+        raise UserError(f"{output}: exists and is no HTML page, so it is not replaced. Choose another --output.")
+
+
+def _unless_damaged(read: Callable[[Path], Any], run: Path, damaged: list[str]) -> Any:
+    """What a reader returns, or None with its sentence in `damaged`."""
+    try:
+        return read(run)
+    except DamagedError as error:
+        damaged.append(str(error))
+        return None
 
 
 def _charts(rows: list[dict]) -> list[dict]:
@@ -119,7 +150,7 @@ def _table(rows: list[dict], front: str) -> dict | None:
         return None
     columns = [_thinned([[row["step"], row[name]] for row in rows if name in row]) for name in names]
     steps = [step for step, _ in columns[0]]
-    labels = [f"layer {int(name.removeprefix(front))}" for name in names]
+    labels = [f"layer {name.removeprefix(front).lstrip('0') or 0}" for name in names]
     return {
         "rows": labels,
         "columns": [f"step {step}" for step in steps],
@@ -127,26 +158,21 @@ def _table(rows: list[dict], front: str) -> dict | None:
     }
 
 
-def _experts(path: Path) -> dict | None:
+def _experts(load: list[list[float | None]] | None) -> dict | None:
     """Layers × experts: tokens over the layer's mean, of the last steps."""
-    if not path.is_file():
+    if not load:
         return None
-    try:
-        load = json.loads(path.read_text(encoding="utf-8"))["load"]
-        columns = [f"expert {number}" for number in range(len(load[0]))] if load else []
-    except (ValueError, KeyError, TypeError) as error:
-        print(f"{path}: is damaged ({error!r}), so the page leaves out the load of each expert.", file=sys.stderr)
-        return None
+    columns = [f"expert {number}" for number in range(len(load[0]))]
     return {"rows": [f"MoE layer {number}" for number in range(len(load))], "columns": columns, "values": load}
 
 
-def _facts(rows: list[dict], facts: dict) -> str:
+def _facts(rows: list[dict], facts: Facts) -> str:
     last = rows[-1]
     speeds = sorted(row["perf/tokens_per_second"] for row in rows if "perf/tokens_per_second" in row)
     lora = facts["lora"]
     told = {
         "model": Path(facts["model"]).name,
-        "trained": f"LoRA r {lora['r']}" if lora else "all weights",
+        "trained": f"LoRA r {lora.get('r', '?')}" if lora else "all weights",
         "ranks": facts.get("layout", ""),
         "steps": f"{last['step']:,}",
         "tokens": f"{sum(row.get('train/tokens', 0) for row in rows):,}",
@@ -164,12 +190,14 @@ def _facts(rows: list[dict], facts: dict) -> str:
     return "\n".join(tiles)
 
 
-def _evaluation(path: Path) -> str:
+def _evaluation(evaluations: list[Evaluation] | None) -> str:
     """What `glm45-tune eval RUN` found, base and tuned under each other."""
-    if not path.is_file():
+    if evaluations is None:
+        return "<p class=none>The scores cannot be read.</p>"
+    if not evaluations:
         return "<p class=none>Not evaluated: glm45-tune eval RUN --data FILE.</p>"
     rows = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
+    for entry in evaluations:
         mode = {None: "", True: ", thinking on", False: ", thinking off"}[entry["think"]]
         for which in ("base", "tuned"):
             score = entry[which]
@@ -181,8 +209,7 @@ def _evaluation(path: Path) -> str:
     return _html_table(["data", "questions", "model", "exact", "non-thinking", "calls valid", "perplexity"], rows)
 
 
-def _samples(path: Path) -> str:
-    lines = _lines(path)
+def _samples(lines: list[Conversation | Text]) -> str:
     if not lines:
         return "<p class=none>This run kept no samples (logging.num_samples).</p>"
     return _conversations(lines) if "reward" in lines[0] else _before_and_after(lines)

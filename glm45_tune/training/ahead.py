@@ -42,7 +42,7 @@ class Ahead:
     """Used by all ranks together. What is written is the first rank's, until a step takes it."""
 
     def __init__(self, job: Job, engine: ServedEngine, prompts: Prompts):
-        rl = job.recipe.rl
+        rl = job.recipe.asked_rl
         self._job, self._rl, self._engine, self._prompts = job, rl, engine, prompts
         self._wanted = job.recipe.train.global_batch_size
         self._bound = rl.staleness * rl.updates_per_rollout  # in versions: each update makes one

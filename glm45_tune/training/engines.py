@@ -44,7 +44,7 @@ class LocalEngine:
     """The training ranks themselves: each data-parallel rank writes its share, with the weights in training."""
 
     def __init__(self, job: Job, trainer: Trainer):
-        rl = job.recipe.rl
+        rl = job.recipe.asked_rl
         self._trainer, self._version = trainer, 0
         stops = job.source.spec.eos_token_ids
         self._writer = Writer(trainer.module[0], stops, rl.engine.concurrency, rl.router_replay == "engine")
@@ -73,18 +73,22 @@ class ServedEngine:
 
     def __init__(self, job: Job, trainer: Trainer):
         recipe, spec = job.recipe, job.source.spec
-        self._job, self._trainer, self._config = job, trainer, recipe.rl.engine
+        self._job, self._trainer, self._config = job, trainer, recipe.asked_rl.engine
         self._version: int | None = None
         self._home = job.run / "engine"
         self._gap = 0.0
         prompt = job.train.samples[0].input_ids.tolist()
-        self._probe = Request(prompt, min(PROBE_TOKENS, recipe.rl.max_new_tokens, recipe.data.seq_length - len(prompt)))
+        self._probe = Request(
+            prompt, min(PROBE_TOKENS, recipe.asked_rl.max_new_tokens, recipe.data.seq_length - len(prompt))
+        )
         if dist.get_rank() == 0:
             shutil.rmtree(self._home, ignore_errors=True)
             self._home.mkdir()
             stops, log = list(spec.eos_token_ids), self._home / "server.log"
             is_told = signals.told.is_set
-            self._servers = Servers(self._config, recipe.model.path, recipe.rl.temperature, stops, log, spec, is_told)
+            self._servers = Servers(
+                self._config, recipe.model.path, recipe.asked_rl.temperature, stops, log, spec, is_told
+            )
 
     def generate(self, requests: list[Request], seed: int) -> list[Completion]:
         return on_first(lambda: self._servers.generate(requests, seed, self._version))

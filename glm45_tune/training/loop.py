@@ -18,6 +18,7 @@ from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
 from glm45_tune.training import failure, record, run_directory, summary
 from glm45_tune.training.card import hardware, this_card
+from glm45_tune.training.frozen import settled
 from glm45_tune.training.interruption import Interruption
 from glm45_tune.training.labelled import Labelled
 from glm45_tune.training.metrics import LiveLine, Metrics
@@ -74,10 +75,17 @@ def run(job: Job) -> int:
         return _train(job, watchdog)
 
 
+def _trainer(job: Job, watchdog: Watchdog) -> Trainer:
+    """This rank's trainer, with what the recipe leaves to the memory that is free settled."""
+    job.recipe = settled(job.recipe, job.source)
+    recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, runtime.stage(), hardware(job))
+    recipe = planner.with_turned(job.source.spec, recipe, job.layout, hardware(job))
+    return Trainer(recipe, job.layout, job.source, watchdog.enter)
+
+
 def _train(job: Job, watchdog: Watchdog) -> int:
     is_first = dist.get_rank() == 0
-    recipe = planner.with_recompute(job.source.spec, job.recipe, job.layout, runtime.stage(), hardware(job))
-    trainer = Trainer(recipe, job.layout, job.source, watchdog.enter)
+    trainer = _trainer(job, watchdog)
     method: Method = METHODS[job.kind](job, trainer)
     saver = Saver(job, trainer)
     watchdog.enter("loading the last checkpoint")

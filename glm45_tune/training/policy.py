@@ -1,6 +1,5 @@
 """Reinforcement learning: answers that were worth more than their group's become likelier, within bounds of the policy that wrote them."""
 
-import json
 import math
 import time
 from dataclasses import replace
@@ -14,15 +13,17 @@ from glm45_tune.data.packing import BatchPlan, pack
 from glm45_tune.errors import ToldToStop
 from glm45_tune.mcore.step import StepResult, Trainer
 from glm45_tune.rl.losses import answer_weights, divergence, importance_weights, policy_losses, sequence_ratios
+from glm45_tune.run.files import SAMPLES_FILE, kept_until
+from glm45_tune.system.files import write_whole
 from glm45_tune.training.ahead import Ahead
 from glm45_tune.training.engines import LocalEngine, ServedEngine
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.rollout import Answer, Roller, Rollout, as_line
 from glm45_tune.training.sameness import Sameness
+from glm45_tune.training.samples import keep_samples
 from glm45_tune.training.schedule import learning_rate_of
 from glm45_tune.training.sft import common_metrics
 
-SAMPLES_FILE = "samples.jsonl"
 SAMPLES_A_STEP = 4
 
 
@@ -30,7 +31,7 @@ class PolicyGradient:
     """GRPO and its kin. A `Method`, see loop.py: a step is a rollout and the updates made from it."""
 
     def __init__(self, job: Job, trainer: Trainer):
-        self._job, self._trainer, self._rl = job, trainer, job.recipe.rl
+        self._job, self._trainer, self._rl = job, trainer, job.recipe.asked_rl
         self._engine = (LocalEngine if self._rl.engine.kind == "local" else ServedEngine)(job, trainer)
         self._roller = Roller(job, self._engine)
         self._ahead = Ahead(job, self._engine, self._roller.prompts) if self._rl.staleness else None
@@ -123,9 +124,7 @@ class PolicyGradient:
         self._roller.prompts.again = state.get("prompts_again", [])
         path = self._job.run / SAMPLES_FILE
         if torch.distributed.get_rank() == 0 and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= state["step"]]
-            path.write_text("".join(kept), encoding="utf-8")
+            write_whole(path, kept_until(path, state["step"]))
 
     def close(self) -> None:
         self._sameness.end()
@@ -278,10 +277,11 @@ class PolicyGradient:
         """A few of the step's conversations, for the person who wonders what the numbers mean."""
         if torch.distributed.get_rank() == 0:
             decode = self._job.tokenizer.decode
-            with open(self._job.run / SAMPLES_FILE, "a", encoding="utf-8") as file:
-                for answer in answers[:: math.ceil(len(answers) / SAMPLES_A_STEP) or 1]:
-                    prompt = decode(answer.sample.input_ids, skip_special_tokens=False)
-                    file.write(as_line(step + 1, answer, self._roller.text(answer, whole=True), prompt))
+            lines = []
+            for answer in answers[:: math.ceil(len(answers) / SAMPLES_A_STEP) or 1]:
+                prompt = decode(answer.sample.input_ids, skip_special_tokens=False)
+                lines.append(as_line(step + 1, answer, self._roller.text(answer, whole=True), prompt))
+            keep_samples(self._job.run, "".join(lines))
 
 
 def _trains(answer: Answer, mask_truncated: bool) -> bool:

@@ -31,7 +31,7 @@ class Preference:
     """Samples that are compared with one another."""
 
     def __init__(self, job: Job, trainer: Trainer):
-        self._job, self._trainer, self._options = job, trainer, job.recipe.preference
+        self._job, self._trainer, self._options = job, trainer, job.recipe.asked_preference
         self._reference = None
         if self._options.reference == "precomputed":
             self._reference = self._precomputed()

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from glm45_tune.checks import check
 from glm45_tune.conversion.hf_files import HfDir
@@ -24,7 +25,7 @@ from glm45_tune.redaction import HIDDEN, references, resolved, secret_places, te
 from glm45_tune.rl.rewards import check_columns, check_rewards
 from glm45_tune.rl.sandbox import check_functions
 from glm45_tune.training import run_directory
-from glm45_tune.training.metrics import check_trackers
+from glm45_tune.training.trackers import check_trackers
 
 _BY_ENVIRONMENT = (
     "Leave it out: the server has this command's environment and can read it there (vLLM: VLLM_API_KEY); "
@@ -50,7 +51,7 @@ class Job:
     num_steps: int
     stream: Stream | None
     """Where the training rows come from under data.streaming; `train` then only counts."""
-    tokenizer: object
+    tokenizer: Any
     facts: dict
     """What the run is, on the first rank: see run_directory.py."""
     card: Card | None = None

@@ -36,6 +36,7 @@ class Ranks:
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "glm45_tune.training.ranks"]
+        self._before = signals.hear(lambda number, _: sys.exit(STOPPED))  # nothing has begun yet
         self._starter = subprocess.Popen(command, env=env, stdin=subprocess.PIPE)
         return self
 
@@ -51,6 +52,8 @@ class Ranks:
                 self._starter.stdin.write(json.dumps([count, arguments]).encode() + b"\n")
                 self._starter.stdin.flush()
             code = self._starter.wait()
+            if -code in signals.SIGNALS:
+                return STOPPED
             if code < 0:
                 print(f"the process that starts the ranks was killed by {signal.Signals(-code).name}.", file=sys.stderr)
             return code if code >= 0 else 1
@@ -63,6 +66,7 @@ class Ranks:
         with contextlib.suppress(BrokenPipeError):
             self._starter.stdin.close()  # heard by the starter, which ends the ranks
         self._starter.wait()
+        signals.forget(self._before)
 
 
 def _main() -> int:
@@ -70,6 +74,7 @@ def _main() -> int:
     _end_with_parent()
     told: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    signals.hear(lambda number, _: told.append(number))
     import pyarrow
     import torch
 
@@ -90,8 +95,9 @@ def _main() -> int:
         return 0
     count, arguments = json.loads(line)
     os.environ["WORLD_SIZE"] = str(count)
-    signals.hear(lambda number, _: told.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # what comes meanwhile is heard here, and goes on to all
     ranks = {begin(rank, arguments): rank for rank in range(count)}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
     threading.Thread(target=lambda: (os.read(0, 1), told.append(signal.SIGTERM)), daemon=True).start()
     try:
         return _wait(ranks, told)
@@ -118,6 +124,7 @@ def _become_rank() -> None:
     _end_with_parent()
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -130,11 +137,12 @@ def _end_with_parent() -> None:
 
 def _wait(ranks: dict[int, int], told: list[int]) -> int:
     """ranks: process → rank; who has ended is taken out. told: signals that came, SIGINT to the ranks too."""
-    highest, is_quiet = 0, False
+    highest, is_quiet, stops = 0, False, set()
     while ranks:
         while told:
             number = told.pop(0)
             is_quiet |= number == signal.SIGINT
+            stops |= {number} & set(signals.SIGNALS)
             for process in ranks if number != signal.SIGINT else ():
                 os.kill(process, number)
         for process, rank in list(ranks.items()):
@@ -143,6 +151,9 @@ def _wait(ranks: dict[int, int], told: list[int]) -> int:
                 continue
             del ranks[process]
             code = os.waitstatus_to_exitcode(status)
+            if -code in stops:  # it was still starting: there is nothing to save, and the others end with it
+                print("stopped by a signal while starting; the same command again goes on", file=sys.stderr)
+                return STOPPED
             if code not in (0, 2, STOPPED) and not is_quiet:
                 how = f"ended with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
                 print(f"rank {rank} {how}; the other ranks are stopped.", file=sys.stderr)

@@ -1,6 +1,5 @@
 """What a run writes down about itself, for the model card: its data by hash, the machine, the versions. Never content."""
 
-import hashlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import glm45_tune
 from glm45_tune.data.files import files_of
 from glm45_tune.recipe import Sources, sources_of
+from glm45_tune.system.files import file_hash
 
 if TYPE_CHECKING:
     from glm45_tune.training.prepare import Job
@@ -52,10 +52,10 @@ def _files(sources: Sources) -> list[dict]:
             found.append({"name": source.path, "weight": source.weight})
             continue
         for file in files_of(str(whole)):
-            with open(file, "rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
             name = file.name if whole.is_file() else f"{whole.name}/{file.relative_to(whole)}"
-            found.append({"name": name, "sha256": digest, "bytes": file.stat().st_size, "weight": source.weight})
+            found.append(
+                {"name": name, "sha256": file_hash(file), "bytes": file.stat().st_size, "weight": source.weight}
+            )
     return found
 
 

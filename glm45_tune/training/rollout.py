@@ -108,7 +108,7 @@ class Roller:
     """Makes rollouts with an engine. Every method is called by all ranks together."""
 
     def __init__(self, job: Job, engine: Engine):
-        self._job, self._rl, self._engine = job, job.recipe.rl, engine
+        self._job, self._rl, self._engine = job, job.recipe.asked_rl, engine
         self.prompts = Prompts(job)
         is_told, rl = signals.told.is_set, self._rl
         self._workers = [Worker(reward, rl.reward_timeout_seconds, is_told) for reward in rl.rewards]

@@ -1,8 +1,6 @@
 """A run's directory: whose it is, what it was begun with, whether this recipe may go on with it, and who writes to it."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,21 +12,21 @@ from pathlib import Path
 
 from glm45_tune.conversion.tensors import HfReader, fingerprint
 from glm45_tune.data.sources import Corpus
-from glm45_tune.errors import UserError
+from glm45_tune.errors import StoppedError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.recipe import Recipe, sources_of
 from glm45_tune.redaction import references, secret_places
+from glm45_tune.run.files import FACTS_FILE, LOCK_FILE, RECIPE_FILE, read_facts
+from glm45_tune.run.scratch import sweep
+from glm45_tune.system.files import lock, write_whole
 
-RECIPE_FILE = "recipe.yaml"
-RUN_FILE = "glm45_tune.json"
-_LOCK_FILE = ".lock"
 # what a resumed run may change with train.on_change=continue: its checkpoints still fit
 _CAN_CONTINUE = ("model's weights", "data", "lora.lora_alpha", "lora.lora_dropout", "lora.use_rslora")
 
 
 def facts_of(recipe: Recipe, source: HfReader, train: Corpus) -> dict:
-    """What a run is, as RUN_FILE holds it: a resumed run must agree."""
+    """What a run is, as FACTS_FILE holds it: a resumed run must agree."""
     data = recipe.data
     return {
         "kind": "run",
@@ -60,13 +58,11 @@ def check_ours(recipe: Recipe) -> None:
         raise UserError(f"{run}: is a file. Choose another output_dir.")
     if not run.exists() or not any(run.iterdir()):
         return
-    if not (run / RUN_FILE).is_file():
+    if not (run / FACTS_FILE).is_file():
         raise UserError(
-            f"{run}: exists, is not empty and is no run of ours (no {RUN_FILE}). Choose another output_dir."
+            f"{run}: exists, is not empty and is no run of ours (no {FACTS_FILE}). Choose another output_dir."
         )
-    kind = _read(run).get("kind")
-    if kind != "run":
-        raise UserError(f"{run}: holds a {kind!r}, not a run. Choose another output_dir.")
+    read_facts(run)
     with locked(run):
         pass
 
@@ -74,9 +70,9 @@ def check_ours(recipe: Recipe) -> None:
 def check_same(recipe: Recipe, now: dict) -> None:
     """Raise UserError when the run in output_dir was begun otherwise, unless train.on_change allows what changed."""
     run = Path(recipe.output_dir)
-    if not (run / RUN_FILE).is_file() or recipe.train.on_change == "restart":
+    if not (run / FACTS_FILE).is_file() or recipe.train.on_change == "restart":
         return
-    changed = _changes(_read(run), now)
+    changed = _changes(read_facts(run), now)
     stuck = [name for name in changed if name not in _CAN_CONTINUE]
     if not changed or (recipe.train.on_change == "continue" and not stuck):
         return
@@ -97,13 +93,13 @@ def _changes(before: dict, now: dict) -> dict[str, str]:
         found["lora"] = f"lora was {before['lora']}, now {now['lora']}"
     elif now["lora"]:
         found |= _differences(before["lora"], now["lora"], "lora.")
-    if before["training"] != now["training"]:
+    if before.get("training") != now["training"]:
         found["training"] = f"it was {before['training']}, now {now['training']}"
-    if before["mtp"] != now["mtp"]:
+    if before.get("mtp") != now["mtp"]:
         found["mtp"] = f"it was trained with mtp {before['mtp']}, now {now['mtp']} (model.mtp_loss_scaling_factor)"
-    if before["freeze"] != now["freeze"]:
+    if before.get("freeze") != now["freeze"]:
         found["freeze"] = f"train.freeze was {before['freeze']}, now {now['freeze']}"
-    if differences := _differences(before["begun_with"], now["begun_with"]):
+    if differences := _differences(before.get("begun_with", {}), now["begun_with"]):
         if "digest" in differences:
             differences = {
                 "digest": "the samples are others",
@@ -119,10 +115,6 @@ def _differences(before: dict, now: dict, front: str = "") -> dict[str, str]:
         for key, value in now.items()
         if before.get(key) != value
     }
-
-
-def _read(run: Path) -> dict:
-    return json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
 
 
 def check_disk(recipe: Recipe, source: HfReader) -> None:
@@ -156,22 +148,24 @@ def _checkpoint_bytes(recipe: Recipe, source: HfReader) -> int:
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run's lock. Raises UserError when another process does. It is gone with the process, however that ends."""
-    with open(run / _LOCK_FILE, "a+", encoding="utf-8") as file:
+    try:
+        file = open(run / LOCK_FILE, "a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written to ({error.strerror}). Choose another output_dir.") from error
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(file.fileno()):
+                print(f"{run}: this file system has no locks: let no other job write there.", file=sys.stderr)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
                 f"{run}: another job is writing to it ({file.read().strip() or 'just started'}). Wait for its end, or choose "
                 "another output_dir."
             ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            print(f"{run}: this file system has no locks: see to it that no other job writes there.", file=sys.stderr)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # the note is for a person; the lock holds on a full disk too
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 
@@ -179,12 +173,19 @@ def locked(run: Path) -> Iterator[None]:
 def opened(recipe: Recipe, facts: dict) -> Iterator[None]:
     """Create the run directory or go on with it, hold its lock, and write what the run is. Entered by one rank."""
     run = Path(recipe.output_dir)
-    if (run / RUN_FILE).is_file() and recipe.train.on_change == "restart" and _changes(_read(run), facts):
+    if (run / FACTS_FILE).is_file() and recipe.train.on_change == "restart" and _changes(read_facts(run), facts):
         _set_aside(run)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoppedError(f"{run}: cannot be made ({error.strerror}).") from error
+    sweep(run)
     with locked(run):
-        (run / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (run / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        try:
+            write_whole(run / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            write_whole(run / RECIPE_FILE, recipe.to_yaml())
+        except OSError as error:
+            raise StoppedError(f"{run}: cannot be written to ({error.strerror}). Make room and start again.") from error
         if references(document := recipe.model_dump()) or secret_places(document):
             (run / RECIPE_FILE).chmod(0o600)  # no secret is in it; where they are kept is nobody else's business
         yield

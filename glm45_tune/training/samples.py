@@ -1,8 +1,10 @@
 """What the model writes to a few of the data's prompts, before the first step and after the last: for the report."""
 
 import json
+import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -12,9 +14,10 @@ from glm45_tune.data.sources import RENDERERS
 from glm45_tune.mcore.generate import Writer
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.rl.engine import Request
+from glm45_tune.run.files import SAMPLES_FILE
+from glm45_tune.system.files import append_whole, write_whole
 from glm45_tune.training.prepare import Job
 
-SAMPLES_FILE = "samples.jsonl"
 _MOST_TOKENS = 64  # of an answer
 _LONGEST_PROMPT = 2048
 
@@ -36,15 +39,20 @@ class Samples:
         requests = [Request(prompt.tolist(), min(_MOST_TOKENS, len(wanted) + 16)) for prompt, wanted in self._cuts]
         answers = writer.write(requests, self._job.recipe.train.seed, step)
         if dist.get_rank() == 0:
-            with open(self._job.run / SAMPLES_FILE, "a" if step else "w", encoding="utf-8") as file:
-                for (prompt, wanted), answer in zip(self._cuts, answers):
-                    line = {
-                        "step": step,
-                        "prompt": decode(prompt),
-                        "text": decode(answer.token_ids),
-                        "wanted": decode(wanted),
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines = []
+            for (prompt, wanted), answer in zip(self._cuts, answers):
+                texts = {"prompt": decode(prompt), "text": decode(answer.token_ids), "wanted": decode(wanted)}
+                lines.append(json.dumps({"step": step, **texts}, ensure_ascii=False) + "\n")
+            keep_samples(self._job.run, "".join(lines), anew=not step)
+
+
+def keep_samples(run: Path, lines: str, anew: bool = False) -> None:
+    """Add lines to a run's sample texts. Training goes on without them where they cannot be written, and that is said."""
+    path = run / SAMPLES_FILE
+    try:
+        (write_whole if anew else append_whole)(path, lines)
+    except OSError as error:
+        print(f"{path}: cannot be written ({error.strerror}); training goes on without these texts.", file=sys.stderr)
 
 
 def _wanted(job: Job) -> Iterator[Sample]:

@@ -21,6 +21,7 @@ def at_start(job: Job, trainer: Trainer, facts: dict) -> list[str]:
     what += f" but {', '.join(recipe.train.freeze)}" if recipe.train.freeze else ""
     return [
         f"model     {recipe.model.path}: {spec.num_layers} layers, {spec.num_moe_experts} experts, {recipe.model.params_dtype}",
+        *_base_lines(job, trainer),
         f"training  {what}: {trained:,} weights on this rank",
         f"layout    {layout}: {layout.world_size} ranks on {runtime.device().type}",
         *[f"note      {remark}" for remark in (*remarks(job.source), *_positions(job))],
@@ -47,6 +48,16 @@ def _positions(job: Job) -> list[str]:
     return [
         f"data.seq_length {length:,} exceeds the {known:,} positions of config.json: documents that long are new to the model."
     ]
+
+
+def _base_lines(job: Job, trainer: Trainer) -> list[str]:
+    """What is kept in FP8 and how well, where anything is."""
+    if not trainer.quantization:
+        return []
+    rest = "norms, router, embedding, head, biases, MTP's projection and the adapter"
+    turned = ", transposes kept" if trainer.keeps_turned else ""
+    said = f"frozen in FP8{turned}, products in {job.recipe.model.frozen_products}; in {job.recipe.model.params_dtype}: {rest}"
+    return [f"base      {said}", *(f"          {line}" for line in trainer.quantization)]
 
 
 def _recompute_line(job: Job) -> str:

@@ -52,3 +52,28 @@ def test_a_hanging_rank_is_named_with_the_line_it_stands_at(fail):
         and "time.sleep(1000)" in said
     )
     assert "rank 0 hangs" not in said and "Traceback" not in said and "train.distributed_timeout_minutes" in said
+
+
+def descendants(process: int) -> list[int]:
+    """Every process below this one, in the order of birth."""
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+@pytest.mark.parametrize("born", [1, 3])
+def test_a_signal_while_two_ranks_start_ends_with_75(checkpoints, corpus, make_recipe, tmp_path, born):
+    """Told as soon as the starter is there, and as soon as both ranks are; none of them has made a step."""
+    path = tmp_path / "recipe.yaml"
+    parallel = {"parallel": {"expert_model_parallel_size": 2}, "train": {"steps": 200}}
+    path.write_text(yaml.safe_dump(make_recipe(checkpoints["air"], corpus, tmp_path / "run", **parallel)))
+    command = [sys.executable, "-m", "glm45_tune", "train", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        last = time.monotonic() + 120
+        while len(descendants(running.pid)) < born and running.poll() is None and time.monotonic() < last:
+            time.sleep(0.01)
+        running.terminate()
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 75 and "Traceback" not in said, said

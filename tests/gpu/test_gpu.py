@@ -38,7 +38,7 @@ def test_every_kernel_equals_its_plain_twin():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_products_equal_a_loop_over_experts(counts, widths, transposed):
     """bf16, uneven and empty experts, adapters' ranks: the grouped products within bf16 rounding of a loop in fp32."""
-    from glm45_tune.mcore.layers.experts import grouped_add_, grouped_mm, grouped_outer
+    from glm45_tune.mcore.layers.grouped import grouped_add_, grouped_mm, grouped_outer
 
     generator = torch.Generator("cuda").manual_seed(0)
     x, y = (torch.randn(sum(counts), n, device="cuda", generator=generator).bfloat16() for n in widths)

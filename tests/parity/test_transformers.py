@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from glm45_tune.conversion.stream import open_model
 from glm45_tune.data.batch import collate, total_weights
-from glm45_tune.mcore.layers import attention, experts
+from glm45_tune.mcore.layers import attention, weight
 from glm45_tune.mcore.load import load_weights
 from glm45_tune.mcore.model import GLM45Model, ModelOptions
 from glm45_tune.mcore.step import Trainer
@@ -248,7 +248,7 @@ def test_recompute_leaves_out_what_nobody_reads(
 
         return count
 
-    monkeypatch.setattr(experts, "grouped_mm", counted("experts", experts.grouped_mm))
+    monkeypatch.setattr(weight, "grouped_mm", counted("experts", weight.grouped_mm))
     monkeypatch.setattr(RowParallelLinear, "forward", counted("linears", RowParallelLinear.forward))
 
     def count(**train):

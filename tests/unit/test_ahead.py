@@ -58,7 +58,9 @@ def make_ahead(length, quantum=4, staleness=2, extra=2, updates=1) -> tuple[Ahea
     )
     train, data = SimpleNamespace(global_batch_size=2, seed=1), SimpleNamespace(seq_length=1000)
     job = SimpleNamespace(
-        recipe=SimpleNamespace(rl=rl, train=train, data=data), train=SimpleNamespace(samples=samples), num_steps=99
+        recipe=SimpleNamespace(rl=rl, asked_rl=rl, train=train, data=data),
+        train=SimpleNamespace(samples=samples),
+        num_steps=99,
     )
     engine = Table(length, quantum)
     ahead = Ahead(job, engine, Prompts(job))

@@ -1,6 +1,7 @@
 """The report of a run: one page, nothing beside it, and a real browser shows and answers it."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -43,7 +44,13 @@ def run(request, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "\n".join(rows) + '\n{"step": 9', encoding="utf-8"
     )  # the last is being written
-    facts = {"kind": "run", "model": "/models/GLM-4.5-Air", "lora": {"r": 8}, "versions": {"torch": "2.11.0"}}
+    facts = {
+        "kind": "run",
+        "model": "/models/GLM-4.5-Air",
+        "lora": {"r": 8},
+        "fingerprint": "f",
+        "versions": {"torch": "2.11.0"},
+    }
     (tmp_path / "glm45_tune.json").write_text(json.dumps(facts))
     (tmp_path / "recipe.yaml").write_text("data: {train: '</script><script>alert(1)</script>'}\n")
     (tmp_path / "expert_load.json").write_text(json.dumps({"step": 4, "load": [[0.5, 1.0, 1.5], [3.0, 0.0, 0.0]]}))
@@ -161,7 +168,7 @@ def test_nothing_but_a_page_is_replaced(run, tmp_path, cli):
         assert cli("report", run, "--output", tmp_path / "page.html")[0] == 0
     (run / "metrics.jsonl").write_text('{"step": 1}\n{not}\n')
     code, _, err = cli("report", run)
-    assert code == 2 and "metrics.jsonl: line 2 is not JSON" in err
+    assert code == 0 and "metrics.jsonl: line 2 is not whole JSON" in err
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 4, "load": [[0.5, 1.', "{}", "[]", '{"load": 3}', b"\xff"])
@@ -175,7 +182,6 @@ def test_a_damaged_load_is_left_out_and_said(run, cli, content):
 
 def test_a_load_is_whole_or_the_one_before(make_recipe, tmp_path, monkeypatch):
     """A kill or a full disk in the middle of the writing."""
-    from pathlib import Path
 
     import torch
 
@@ -185,7 +191,7 @@ def test_a_load_is_whole_or_the_one_before(make_recipe, tmp_path, monkeypatch):
     metrics = Metrics(tmp_path, Recipe.from_dict(make_recipe("model", "data", tmp_path)), 0, 1)
     metrics.write(1, {}, torch.ones(2, 3))
     before = (tmp_path / "expert_load.json").read_text()
-    monkeypatch.setattr(Path, "write_text", lambda self, text, **options: self.write_bytes(text[:9].encode()) and 1 / 0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         metrics.write(1, {}, torch.zeros(2, 3))
     metrics.close()

@@ -153,6 +153,7 @@ def test_a_run_with_secrets_leaves_them_nowhere(recipe, tmp_path, monkeypatch, c
     configs = []
     tracker = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
     monkeypatch.setattr(wandb, "init", lambda **how: configs.append(how) or tracker)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     recipe["logging"] = {"wandb_project": "p", "tensorboard": True}
     for steps in (1, 2):
         recipe["train"]["steps"] = steps

@@ -67,7 +67,10 @@ import pandas, pyarrow, requests, sympy, torch._inductor.config, transformers  #
 before = state()
 for found in pkgutil.walk_packages(glm45_tune.__path__, "glm45_tune."):
     if not found.name.endswith("__main__"):
-        importlib.import_module(found.name)
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:  # of kernels that are not installed here
+            assert error.name in ("quack", "flash_attn", "cutlass", "triton"), error
 """
 COMPARE = """
 after = state()

@@ -6,9 +6,6 @@ expert it went to. Sorted copies of the tokens are made again by index where LoR
 Shapes: T tokens, K experts a token, N = T · K rows sorted by expert; E experts of this rank; F their width.
 """
 
-from itertools import pairwise
-from typing import NamedTuple
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -17,121 +14,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 
-from glm45_tune.mcore.layers import fast
-from glm45_tune.mcore.layers.swiglu import swiglu_backward, swiglu_forward
-
-
-class Plan(NamedTuple):
-    """Where rows go. slot: int [N], the place of each sorted row in the flat [T · K] choices. place: int [T, K], the sorted row of
-
-    each choice, N or more where it goes nowhere. edges: int32 [E + 1], where each expert's rows begin, and the end.
-    """
-
-    slot: torch.Tensor
-    place: torch.Tensor
-    edges: torch.Tensor
-
-    def first(self, rows: int) -> "Plan":
-        """Without the choices that go nowhere, which were sorted behind the others: N = rows."""
-        return self._replace(slot=self.slot[:rows])
-
-
-def plan_rows(experts: torch.Tensor, num_experts: int) -> Plan:
-    """experts: int [T, K], the expert of each choice; num_experts where it has none here (see `Plan.first`).
-
-    No wait for the device.
-    """
-    chosen, slot = experts.flatten().to(torch.int32).sort(stable=True)
-    place = torch.empty_like(slot).scatter_(0, slot, torch.arange(slot.numel(), device=slot.device))
-    every = torch.arange(num_experts + 1, dtype=torch.int32, device=slot.device)
-    edges = torch.searchsorted(chosen, every, out_int32=True)
-    return Plan(slot, place.view_as(experts), edges)
-
-
-def _spread(x, plan):
-    """x [T, W] → [N, W], each token's row at every place it has."""
-    if x.is_cuda:
-        from glm45_tune.mcore.layers import kernels
-
-        return kernels.spread_rows(x.contiguous(), plan.place, plan.slot.numel())
-    return x[plan.slot // plan.place.shape[1]]
-
-
-def _at(y, place):
-    """y [N, …] → [T, K, …], zero where a choice went nowhere."""
-    if place.numel() == len(y):
-        return y[place]
-    return torch.cat([y, y.new_zeros(1, *y.shape[1:])])[place.clamp(max=len(y))]
-
-
-def _sum(y, place, more=None):
-    """y [N, W] → [T, W], the sum of a token's rows, and more."""
-    if y.is_cuda:
-        from glm45_tune.mcore.layers import kernels
-
-        return kernels.sum_rows(y.contiguous(), place, None if more is None else more.contiguous())
-    return _at(y, place).sum(1) if more is None else _at(y, place).sum(1) + more
-
-
-class GatherRows(torch.autograd.Function):
-    """x [T, W] → [N, W], each token once for every place of its plan. Backward: sum over a token's rows."""
-
-    @staticmethod
-    def forward(ctx, x, plan: Plan):
-        ctx.plan = plan
-        return _spread(x, plan)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _sum(gradient, ctx.plan.place), None
-
-
-class SumRows(torch.autograd.Function):
-    """y [N, W], more [T, W] → [T, W], the sum of each token's rows, and more. Backward: each row gets its token's gradient."""
-
-    @staticmethod
-    def forward(ctx, y, more, plan: Plan, unread: bool):
-        """unread: zeros will do, see `recompute.py`."""
-        ctx.plan = plan
-        return torch.zeros_like(more) if unread else _sum(y, plan.place, more)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _spread(gradient, ctx.plan), gradient, None, None
-
-
-def _one_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a grouped kernel takes them: bf16 on a GPU, rows of whole 16-byte words, something to do."""
-    sizes = (a.shape[1], *b.shape[1:])
-    return a.is_cuda and a.dtype == torch.bfloat16 and a.shape[0] > 0 and all(size % 8 == 0 for size in sizes)
-
-
-def _rows_of_experts(x: torch.Tensor, edges: torch.Tensor) -> list[torch.Tensor]:
-    return [x[first:last] for first, last in pairwise(edges.tolist())]
-
-
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """x [N, A] sorted by expert, weight [E, A, B] → [N, B], each row times its expert's matrix."""
-    if _one_kernel(x, weight):
-        return fast.grouped_mm(x, weight, edges)
-    return torch.cat([rows @ w for rows, w in zip(_rows_of_experts(x, edges), weight)])
-
-
-def grouped_add_(
-    output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, edges: torch.Tensor, scaling: float
-) -> None:
-    """Add scaling times what `grouped_mm` gives to output [N, B]."""
-    if _one_kernel(x, weight):
-        fast.grouped_add_(output, x, weight, edges, scaling)
-    else:
-        output.add_(grouped_mm(x, weight, edges), alpha=scaling)
-
-
-def grouped_outer(x: torch.Tensor, y: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """x [N, A], y [N, B], both sorted by expert → [E, A, B], the sum over each expert's rows of xᵀ y."""
-    if _one_kernel(x, y):
-        return fast.grouped_outer(x, y, edges)
-    return torch.stack([a.t() @ b for a, b in zip(_rows_of_experts(x, edges), _rows_of_experts(y, edges))])
+from glm45_tune.mcore.layers import fp8, weight
+from glm45_tune.mcore.layers.grouped import grouped_add_, grouped_mm, grouped_outer
+from glm45_tune.mcore.layers.rows import Plan, at, spread, sum_rows
 
 
 def _add_lora(output, x, lora_A, lora_B, scaling, dropout, edges):
@@ -177,59 +62,63 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, adapters, unread: bool):
-        """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden]; fc2 [E, hidden, F]; A1, B1, A2, B2: LoRA factors or None
+    def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, weights, adapters, unread: bool, arrived):
+        """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden] and fc2 [E, hidden, F], where they are trained; A1, B1, A2, B2: LoRA
 
-        ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; adapters: (scaling, dropout) of each. Returns [T, hidden];
-        unread: zeros, see `recompute.py`.
+        factors or None ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; weights: fc1 and fc2 as `weight.of` gives
+        them; adapters: (scaling, dropout) of each. Returns [T, hidden]; unread: zeros, see `recompute.py`. arrived: x in FP8, and
+        x itself then nothing but its shape; or None.
         """
-        rows = _spread(x, plan)
-        weights = probs.flatten()[plan.slot]
-        gate_up = grouped_mm(rows, fc1.transpose(1, 2), plan.edges)
+        first, second = weights
+        kept, rows = first.spread(x if arrived is None else arrived, plan, keep=A1 is not None)
+        shares = probs.flatten()[plan.slot]
+        gate_up = first.grouped(rows, plan)
         kept1 = kept2 = (None, None)
         if A1 is not None:
-            kept1 = _add_lora(gate_up, rows, A1, B1, *adapters[0], plan.edges)
-        del rows
+            kept1 = _add_lora(gate_up, kept, A1, B1, *adapters[0], plan.edges)
+        del kept, rows
         output = None
         if A2 is not None or not unread:
-            hidden = swiglu_forward(gate_up, weights)
+            hidden, rows = second.activate(gate_up, shares, keep=A2 is not None)
         if not unread:
-            output = grouped_mm(hidden, fc2.transpose(1, 2), plan.edges)
+            output = second.grouped(rows, plan)
         if A2 is not None:
             kept2 = _add_lora(output, hidden, A2, B2, *adapters[1], plan.edges)
         needs_x = A1 is not None or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if needs_x else None, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept1, *kept2)
-        ctx.plan, ctx.adapters = plan, adapters
-        return torch.zeros_like(x) if unread else _sum(output, plan.place, shared)
+        ctx.save_for_backward(x if needs_x else None, shares, gate_up, A1, B1, A2, B2, *kept1, *kept2)
+        ctx.plan, ctx.weights, ctx.adapters = plan, weights, adapters
+        return torch.zeros_like(x) if unread else sum_rows(output, plan.place, shared)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weights, gate_up, fc1, fc2, A1, B1, A2, B2, *kept = ctx.saved_tensors
-        plan, edges = ctx.plan, ctx.plan.edges
+        x, shares, gate_up, A1, B1, A2, B2, *kept = ctx.saved_tensors
+        plan, edges, (first, second) = ctx.plan, ctx.plan.edges, ctx.weights
         fc1_out = fc2_out = A1_out = B1_out = A2_out = B2_out = None
         shared_out = gradient if ctx.needs_input_grad[8] else None
-        gradient = _spread(gradient, plan)
-        hidden_out = grouped_mm(gradient, fc2, edges)
+        gradient, rows = second.spread_gradient(gradient, plan, keep=A2 is not None)
+        hidden_out = second.grouped_input_gradient(rows, plan)
         if A2 is not None:
             narrow_out, B2_out = _lora_backward(gradient, hidden_out, kept[2:], A2, B2, *ctx.adapters[1], edges)
         needs_hidden = A2 is not None or ctx.needs_input_grad[3]
-        gate_up_out, weights_out, hidden = swiglu_backward(gate_up, weights, hidden_out, needs_hidden)
+        gate_up_out, shares_out, hidden, rows = first.activation_gradient(
+            gate_up, shares, hidden_out, plan, keep=A1 is not None, again=needs_hidden
+        )
         if A2 is not None:
             A2_out = grouped_outer(narrow_out, _dropped(hidden, kept[3], ctx.adapters[1][1]), edges)
         if ctx.needs_input_grad[3]:
             fc2_out = grouped_outer(gradient, hidden, edges)
         del gradient, hidden, hidden_out
-        x_out = grouped_mm(gate_up_out, fc1, edges)
+        x_out = first.grouped_input_gradient(rows, plan)
         if A1 is not None:
             narrow_out, B1_out = _lora_backward(gate_up_out, x_out, kept[:2], A1, B1, *ctx.adapters[0], edges)
         if x is not None:
-            rows = _spread(x, plan)
+            rows = spread(x, plan)
             if A1 is not None:
                 A1_out = grouped_outer(narrow_out, _dropped(rows, kept[1], ctx.adapters[0][1]), edges)
             if ctx.needs_input_grad[2]:
                 fc1_out = grouped_outer(gate_up_out, rows, edges)
-        x_out, probs_out = _sum(x_out, plan.place), _at(weights_out, plan.place)
-        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, None, None, None
+        x_out, probs_out = sum_rows(x_out, plan.place), at(shares_out, plan.place)
+        return x_out, probs_out, fc1_out, fc2_out, A1_out, B1_out, A2_out, B2_out, shared_out, *(None,) * 5
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
@@ -249,12 +138,13 @@ class GroupedLinear(torch.nn.Module):
         """Sizes are this rank's. cut_dim: the weight's dim that expert tensor ranks share, 1 = output, 2 = input."""
         super().__init__()
         self.register_module("adapter", None)
-        self.cut_dim = cut_dim
-        self.weight = torch.nn.Parameter(
-            torch.empty(
-                num_experts, output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device()
-            )
-        )
+        self.cut_dim, self.config = cut_dim, config
+        shape = num_experts, output_size, input_size
+        if config.frozen_dtype == "fp8":
+            weight.hold_fp8(self, shape, config)
+        else:
+            device = torch.cuda.current_device()
+            self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         mark_expert_parameter(self.weight, cut_dim)
         if config.perform_initialization:
             init_method(self.weight)
@@ -308,17 +198,30 @@ class GroupedExperts(MegatronModule):
             num_local_experts, width, config.hidden_size, config, config.output_layer_init_method, cut_dim=2
         )
 
+    def quantized(self, x: torch.Tensor) -> fp8.Rows | None:
+        """x [T, hidden] in FP8, where that is all that the first product wants of it; else None."""
+        wants_x = not isinstance(weight.of(self.linear_fc1), weight.Fp8) or self.linear_fc1.factors()[1] is not None
+        return None if wants_x else fp8.quantize_rows(x.detach())
+
     def forward(
-        self, x: torch.Tensor, probs: torch.Tensor, plan: Plan, shared: torch.Tensor | None = None, unread: bool = False
+        self,
+        x: torch.Tensor,
+        probs: torch.Tensor,
+        plan: Plan,
+        shared: torch.Tensor | None = None,
+        unread: bool = False,
+        arrived: fp8.Rows | None = None,
     ) -> torch.Tensor:
         """x [T, hidden], probs fp32 [T, K], plan over this rank's experts → [T, hidden], their weighted sum plus shared.
 
-        unread: zeros will do.
+        unread: zeros will do. arrived: what `quantized` gave on the rank that x is of.
         """
         (A1, B1), adapter1 = self.linear_fc1.factors()
         (A2, B2), adapter2 = self.linear_fc2.factors()
-        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
-        return Experts.apply(x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan, (adapter1, adapter2), unread)
+        linears = self.linear_fc1, self.linear_fc2
+        trained = (linear.weight if linear.weight.requires_grad else None for linear in linears)
+        weights, adapters = tuple(map(weight.of, linears)), (adapter1, adapter2)
+        return Experts.apply(x, probs, *trained, A1, B1, A2, B2, shared, plan, weights, adapters, unread, arrived)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = {}

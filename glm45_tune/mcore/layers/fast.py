@@ -57,6 +57,43 @@ def quack_gemm(tile_m: int, tile_n: int, pingpong: bool, cluster_n: int, swap_ab
     return functools.partial(gemm_tuned.fn, config=tile)
 
 
+@functools.cache
+def has_fp8() -> bool:
+    """Whether the card multiplies in FP8 by row and column scales: Hopper and later."""
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
+@functools.cache
+def _scaled_gemm():
+    """QuACK's products with scales, see `scaled_gemm.py`; None where there is no QuACK or the card is not a Hopper."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return None
+    try:
+        from glm45_tune.mcore.layers import scaled_gemm
+    except ImportError:
+        return None
+    return scaled_gemm
+
+
+def fp8_product(q, scale, weight, columns, bias, dtype) -> torch.Tensor:
+    """q e4m3 [N, A] with scale fp32 [N], weight e4m3 [B, A], columns fp32 [B] or None, bias [B] or None → [N, B], as `fp8.product`."""
+    columns = scale.new_ones(1).expand(weight.shape[0]).contiguous() if columns is None else columns
+    return torch._scaled_mm(
+        q, weight.t(), scale.unsqueeze(1), columns.unsqueeze(0), bias, out_dtype=dtype, use_fast_accum=True
+    )
+
+
+def fp8_grouped_product(q, scale, weight, columns, edges, dtype) -> torch.Tensor:
+    """q e4m3 [N, A] sorted by expert, scale fp32 [N], weight e4m3 [E, B, A], columns fp32 [E, B] or None → [N, B]."""
+    gemm = _scaled_gemm()
+    if gemm is not None:
+        return gemm.grouped_product(q, scale, weight, columns, edges, dtype)
+    ones = scale.new_ones(weight.shape[0], weight.shape[1]) if columns is None else columns
+    return torch._scaled_grouped_mm(
+        q, weight.transpose(1, 2), scale, ones, offs=edges[1:], out_dtype=dtype, use_fast_accum=True
+    )
+
+
 def _quack_narrow(columns: int, swap_ab: bool = False):
     """For the narrow side of a LoRA pair: one tile across, hardly wider than it is."""
     return quack_gemm(128, max(16, 1 << (columns - 1).bit_length()), True, 1, swap_ab)

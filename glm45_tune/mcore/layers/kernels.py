@@ -10,6 +10,8 @@ import triton.language as tl
 
 WIDTH = 1024
 """Columns a program works on at a time."""
+SMALLEST = tl.constexpr(2.0**-100)
+"""See `fp8.SMALLEST`."""
 
 
 @triton.jit
@@ -314,3 +316,284 @@ def softmax_gradient_(
     words = logits.shape[1]
     grid = (logits.shape[0], triton.cdiv(words, 4096))
     _softmax_gradient[grid](logits, labels, lse, scale, words, HAS_SCALE=scale is not None, BLOCK=4096, num_warps=8)
+
+
+ROWS = 8
+"""Rows in succession that one program quantizes: those of one expert read its columns once."""
+
+
+@triton.jit
+def _quantize(
+    x, columns, expert, slot, q, scale, rows, width: tl.constexpr, K: tl.constexpr, SPREAD: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr, HAS_EXPERT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    held = -1
+    factors = tl.full((BLOCK,), 1.0, tl.float32)
+    if HAS_COLUMNS and not HAS_EXPERT:
+        factors = tl.load(columns + column, mask=inside, other=0.0)
+    for number in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + number
+        is_row = row < rows
+        source = row
+        if SPREAD:
+            source = tl.load(slot + row, mask=is_row, other=0).to(tl.int64) // K
+        values = tl.load(x + source * width + column, mask=inside & is_row, other=0.0).to(tl.float32)
+        if HAS_EXPERT:
+            own = tl.load(expert + row, mask=is_row, other=0).to(tl.int32)
+            if own != held:
+                factors = tl.load(columns + own.to(tl.int64) * width + column, mask=inside, other=0.0)
+                held = own
+        if HAS_COLUMNS:
+            values *= factors
+        values, factor = _to_fp8(values)
+        tl.store(scale + row, factor, mask=is_row)
+        tl.store(q + row * width + column, values.to(q.dtype.element_ty), mask=inside & is_row)
+
+
+@triton.jit
+def _greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(values):
+    """The largest magnitude of fp32 [BLOCK]; NaN where one is."""
+    return tl.reduce(tl.abs(values), 0, _greater)
+
+
+@triton.jit
+def _factors(largest):
+    """→ (448 over the largest magnitude of a row, its scale); NaN and infinity reach the scale."""
+    is_zero = largest < SMALLEST
+    return tl.where(is_zero, 1.0, tl.div_rn(448.0, largest)), tl.where(is_zero, 1.0, tl.div_rn(largest, 448.0))
+
+
+@triton.jit
+def _to_fp8(values):
+    """A row fp32 [BLOCK] → (the row so scaled that its largest value is 448, its scale)."""
+    inverse, scale = _factors(_largest(values))
+    return values * inverse, scale
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 1024, 1), 8)
+
+
+def quantize_rows(
+    x: torch.Tensor, columns: torch.Tensor | None = None, expert: torch.Tensor | None = None,
+    slot: torch.Tensor | None = None, k: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x [T, W] contiguous, fp32 columns [W] or [E, W], expert int [N] → (e4m3 [N, W], fp32 [N]), see `fp8.quantize_rows`.
+
+    slot: int [N], row n is x[slot[n] // k] instead of x[n].
+    """
+    rows, width = x.shape[0] if slot is None else slot.numel(), x.shape[1]
+    q = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        block, together = triton.next_power_of_2(width), 1 if expert is None else ROWS
+        _quantize[(triton.cdiv(rows, together),)](
+            x, columns, expert, slot, q, scale, rows, width=width, K=k, SPREAD=slot is not None,
+            HAS_COLUMNS=columns is not None, HAS_EXPERT=expert is not None, ROWS=together, BLOCK=block,
+            num_warps=_warps(block),
+        )  # fmt: skip
+    return q, scale
+
+
+@triton.jit
+def _quantize_and_spread(x, place, q, scale, rows, width: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values, factor = _to_fp8(tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32))
+    values = values.to(q.dtype.element_ty)
+    for choice in tl.static_range(K):
+        target = tl.load(place + row * K + choice).to(tl.int64)
+        tl.store(scale + target, factor, mask=target < rows)
+        tl.store(q + target * width + column, values, mask=inside & (target < rows))
+
+
+def quantize_and_spread(x: torch.Tensor, place: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, W] contiguous, place as in `spread_rows` → its rows quantized, at each place: (e4m3 [rows, W], fp32 [rows])."""
+    q = x.new_empty(rows, x.shape[1], dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(rows, dtype=torch.float32)
+    if q.numel():
+        block = triton.next_power_of_2(x.shape[1])
+        _quantize_and_spread[(x.shape[0],)](
+            x, place, q, scale, rows, width=x.shape[1], K=place.shape[1], BLOCK=block, num_warps=_warps(block)
+        )
+    return q, scale
+
+
+@triton.jit
+def _turn(source, target, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    matrix = tl.program_id(2).to(tl.int64) * rows * columns
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    values = tl.load(source + matrix + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside)
+    at = target + matrix + column.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(at, tl.trans(values), mask=tl.trans(inside))
+
+
+def turn(q: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the transposes of q, one-byte [E, A, B] contiguous, into out [E, B, A]."""
+    experts, rows, columns = q.shape
+    grid = (triton.cdiv(columns, 128), triton.cdiv(rows, 64), experts)
+    _turn[grid](q.view(torch.uint8), out.view(torch.uint8), rows, columns, ROWS=64, COLUMNS=128, num_warps=8)
+
+
+@triton.jit
+def _cast(q, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = tl.load(q + at, mask=at < size, other=0).to(tl.int32)
+    # as fp32, e4m3's exponent and mantissa are those of the value times 2**-120, subnormals too: any card can do it
+    values = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
+    values = tl.where((bits & 0x7F) == 0x7F, float("nan"), values)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < size)
+
+
+def cast(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3, contiguous, of any shape → the same values in dtype."""
+    out = torch.empty_like(q, dtype=dtype)
+    _cast[(triton.cdiv(q.numel(), 4096),)](q.view(torch.uint8), out, q.numel(), BLOCK=4096, num_warps=8)
+    return out
+
+
+@triton.jit
+def _scale_columns(x, columns, expert, out, width, HAS_EXPERT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    if HAS_EXPERT:
+        columns += tl.load(expert + row).to(tl.int64) * width
+    values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    values *= tl.load(columns + column, mask=inside, other=0.0)
+    tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+def scale_columns(x: torch.Tensor, columns: torch.Tensor, expert: torch.Tensor | None = None) -> torch.Tensor:
+    """x [N, W] contiguous times fp32 columns [W], or columns [E, W] of each row's expert int [N] → [N, W] in x's dtype."""
+    out = torch.empty_like(x)
+    if x.numel():
+        grid = (x.shape[0], triton.cdiv(x.shape[1], WIDTH))
+        _scale_columns[grid](x, columns, expert, out, x.shape[1], HAS_EXPERT=expert is not None, BLOCK=WIDTH)
+    return out
+
+
+@triton.jit
+def _swiglu_fp8(gate_up, weights, out, q, scale, width: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    at = gate_up + row * 2 * width + column
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
+    value = (gate * tl.sigmoid(gate) * up * tl.load(weights + row).to(tl.float32)).to(gate_up.dtype.element_ty)
+    if KEEP:
+        tl.store(out + row * width + column, value, mask=inside)
+    values, factor = _to_fp8(value.to(tl.float32))
+    tl.store(scale + row, factor)
+    tl.store(q + row * width + column, values.to(q.dtype.element_ty), mask=inside)
+
+
+def swiglu_fp8(
+    gate_up: torch.Tensor, weights: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """`swiglu` and the rows of what it gives in FP8 → (its value if it is to be kept, e4m3 [N, F], fp32 [N])."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width) if keep else None
+    q = gate_up.new_empty(rows, width, dtype=torch.float8_e4m3fn)
+    scale = gate_up.new_empty(rows, dtype=torch.float32)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _swiglu_fp8[(rows,)](
+            gate_up, weights, out, q, scale, width=width, KEEP=keep, BLOCK=block, num_warps=_warps(block // 2)
+        )
+    return out, q, scale
+
+
+@triton.jit
+def _swiglu_back(
+    gate_up, gradient, columns, factor, out, again, row, first: tl.constexpr, width: tl.constexpr,
+    KEEP: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From column `first` on → (gradients of gate and up times their columns, what of the row's weight's gradient is here)."""
+    kind = gate_up.dtype.element_ty
+    column = first + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(gradient + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    total = tl.sum(upstream * silu * up, 0)
+    if AGAIN:
+        tl.store(again + row * width + column, (silu * up * factor).to(kind), mask=inside)
+    upstream *= factor
+    gate_out = (upstream * up * (sigmoid + silu * (1.0 - sigmoid))).to(kind)
+    up_out = (upstream * silu).to(kind)
+    if KEEP:
+        tl.store(out + at, gate_out, mask=inside)
+        tl.store(out + at + width, up_out, mask=inside)
+    gate_out = gate_out.to(tl.float32) * tl.load(columns + column, mask=inside, other=0.0)
+    up_out = up_out.to(tl.float32) * tl.load(columns + width + column, mask=inside, other=0.0)
+    return gate_out, up_out, total
+
+
+@triton.jit
+def _swiglu_backward_fp8(
+    gate_up, weights, gradient, columns, expert, out, weights_out, again, q, scale, width: tl.constexpr,
+    KEEP: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    # a row in two powers of two, such as 1024 + 512 for 1408: in one of 2048 a third of the lanes would idle
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(weights + row).to(tl.float32)
+    columns += tl.load(expert + row).to(tl.int64) * 2 * width
+    gate, up, total = _swiglu_back(gate_up, gradient, columns, factor, out, again, row, 0, width, KEEP, AGAIN, BLOCK)
+    largest = _greater(_largest(gate), _largest(up))
+    if REST > 0:
+        gate_rest, up_rest, total_rest = _swiglu_back(
+            gate_up, gradient, columns, factor, out, again, row, BLOCK, width, KEEP, AGAIN, REST
+        )
+        largest = _greater(largest, _greater(_largest(gate_rest), _largest(up_rest)))
+        total += total_rest
+    tl.store(weights_out + row, total)
+    inverse, row_scale = _factors(largest)
+    tl.store(scale + row, row_scale)
+    column = tl.arange(0, BLOCK)
+    at = q + row * 2 * width + column
+    tl.store(at, (gate * inverse).to(q.dtype.element_ty), mask=column < width)
+    tl.store(at + width, (up * inverse).to(q.dtype.element_ty), mask=column < width)
+    if REST > 0:
+        column = BLOCK + tl.arange(0, REST)
+        at = q + row * 2 * width + column
+        tl.store(at, (gate_rest * inverse).to(q.dtype.element_ty), mask=column < width)
+        tl.store(at + width, (up_rest * inverse).to(q.dtype.element_ty), mask=column < width)
+
+
+def swiglu_backward_fp8(
+    gate_up: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor, columns: torch.Tensor, expert: torch.Tensor,
+    keep: bool, again: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`swiglu_backward`, and the rows of gate_up's gradient times columns [E, 2F] of each row's expert in FP8.
+
+    → (that gradient if it is to be kept, of weights, the forward's value once more if asked, e4m3 [N, 2F], fp32 [N]).
+    """
+    rows, width = gradient.shape
+    out = torch.empty_like(gate_up) if keep else None
+    weights_out = weights.new_empty(rows, dtype=torch.float32)
+    value = torch.empty_like(gradient) if again else None
+    q = gate_up.new_empty(rows, 2 * width, dtype=torch.float8_e4m3fn)
+    scale = gate_up.new_empty(rows, dtype=torch.float32)
+    if rows:
+        block = triton.next_power_of_2(width + 1) // 2  # the largest that is not more
+        rest = triton.next_power_of_2(width - block) if width > block else 0
+        _swiglu_backward_fp8[(rows,)](
+            gate_up, weights, gradient, columns, expert, out, weights_out, value, q, scale,
+            width=width, KEEP=keep, AGAIN=again, BLOCK=block, REST=rest, num_warps=_warps(4 * block),
+        )  # fmt: skip
+    return out, weights_out, value, q, scale

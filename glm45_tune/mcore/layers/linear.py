@@ -12,6 +12,10 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
+from glm45_tune.mcore.layers import weight
+from glm45_tune.mcore.layers.fp8 import FP8
+from glm45_tune.mcore.layers.weight import Plain, hold_fp8
+
 
 class LowRank(NamedTuple):
     """What an adapter adds to a linear's output [T, out]: scaling · narrow · lora_Bᵀ; narrow [T, r], lora_B [out, r]."""
@@ -43,23 +47,26 @@ class _Add(torch.autograd.Function):
 
 
 class _Frozen(torch.autograd.Function):
-    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ); the weight and bias are frozen. Kept for the backward: x.
+    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ or None); the weight and bias are frozen. Kept for the backward: x, for
 
-    unread: zeros in place of the first, see `recompute.py`.
+    lora_A's gradient alone. weight: as `weight.of` gives it; lora_A [r, in] or None; unread: zeros in place of the first, see
+    `recompute.py`.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, dropout, unread):
+    def forward(ctx, x, weight: Plain, bias, lora_A, dropout, unread):
         dropped, mask = (x, None) if dropout == 0 else torch.native_dropout(x, dropout, True)
-        ctx.save_for_backward(x, weight, lora_A, mask)
-        ctx.keep = 1 - dropout
-        output = x.new_zeros(x.shape[0], weight.shape[0]) if unread else F.linear(x, weight, bias)
-        return output, F.linear(dropped, lora_A)
+        ctx.save_for_backward(None if lora_A is None else x, lora_A, mask)
+        ctx.weight, ctx.keep = weight, 1 - dropout
+        output = x.new_zeros(x.shape[0], weight.value.shape[0]) if unread else weight.product(x, bias)
+        return output, None if lora_A is None else F.linear(dropped, lora_A)
 
     @staticmethod
     def backward(ctx, gradient, narrow_out):
-        x, weight, lora_A, mask = ctx.saved_tensors
-        x_out = gradient @ weight
+        x, lora_A, mask = ctx.saved_tensors
+        x_out = ctx.weight.input_gradient(gradient)
+        if lora_A is None:
+            return x_out, None, None, None, None, None
         if mask is None:
             x_out.addmm_(narrow_out, lora_A)
         else:
@@ -96,11 +103,18 @@ class _UnreadScatter(torch.autograd.Function):
 
 
 class _WithAdapter:
-    """A linear that may have an adapter. Parameter names of the base never change, with LoRA or without."""
+    """A linear that may have an adapter, and whose weight may be a frozen one in FP8. Parameter names of the base never change."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_module("adapter", None)
+        if self.config.frozen_dtype == "fp8":
+            hold_fp8(self, tuple(self.weight.shape), self.config)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether megatron's own forward will do."""
+        return self.adapter is None and self.weight.dtype != FP8
 
     def in_parts(self, x: torch.Tensor, unread: bool = False) -> tuple[torch.Tensor, LowRank | None]:
         """x [T, 1, in] as this rank's weight takes it → the base's [T, out] and what the adapter adds, before any sum over ranks.
@@ -108,11 +122,11 @@ class _WithAdapter:
         unread: zeros for the base's, see `recompute.py`.
         """
         adapter, x = self.adapter, x.flatten(0, 1)
-        if not adapter.enabled:
-            return F.linear(x, self.weight, self.bias), None
+        if adapter is None or not adapter.enabled:
+            return _Frozen.apply(x, weight.of(self), self.bias, None, 0.0, unread)[0], None
         lora_A, lora_B = adapter.factors()
         dropout = adapter.dropout if self.training else 0.0
-        output, narrow = _Frozen.apply(x, self.weight, self.bias, lora_A, dropout, unread)
+        output, narrow = _Frozen.apply(x, weight.of(self), self.bias, lora_A, dropout, unread)
         return output, LowRank(narrow, lora_B, adapter.scaling)
 
     def with_lora(self, x: torch.Tensor, unread: bool = False) -> torch.Tensor:
@@ -133,12 +147,12 @@ class ColumnLinear(_WithAdapter, ColumnParallelLinear):
     """Output dim cut over the tensor ranks. [T, 1, in] → ([T, 1, out / tp], None); gathers a sequence-cut input."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
-        if self.adapter is None:
+        if self.is_plain:
             return super().forward(x, *args, **kwargs)
         return self.with_lora(x), None
 
     def in_parts(self, x: torch.Tensor, unread: bool = False) -> tuple[torch.Tensor, LowRank | None]:
-        if self.adapter is None:
+        if self.is_plain:
             return super().forward(x)[0].flatten(0, 1), None
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
@@ -150,9 +164,9 @@ class RowLinear(_WithAdapter, RowParallelLinear):
 
     def forward(self, x: torch.Tensor, unread: bool = False):
         """unread: zeros will do, see `recompute.py`."""
-        if self.adapter is None and not unread:
+        if self.is_plain and not unread:
             return super().forward(x)
-        if self.adapter is None:
+        if self.is_plain:
             output = _Unread.apply(x.flatten(0, 1), self.weight).unsqueeze(1)
         elif not self.sequence_parallel:
             return self.with_lora(x, unread), None

@@ -16,9 +16,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
 
-from glm45_tune.mcore.layers.experts import GatherRows, GroupedExperts, SumRows, plan_rows
+from glm45_tune.mcore.layers.experts import GroupedExperts
+from glm45_tune.mcore.layers.fp8 import FP8, Rows, spread_bytes
 from glm45_tune.mcore.layers.recompute import is_unread
 from glm45_tune.mcore.layers.router import Router
+from glm45_tune.mcore.layers.rows import GatherRows, Plan, SumRows, plan_rows, sum_rows
 from glm45_tune.mcore.layers.swiglu import SharedExperts
 
 
@@ -73,6 +75,35 @@ class _Arrive(torch.autograd.Function):
         return gradient, None  # a placeholder of the right shape: `_Depart` takes what lands
 
 
+class _DepartInFp8(torch.autograd.Function):
+    """`GatherRows` and `_Depart` of x [T, W], which travels as q e4m3 [T, W]. What it gives is a gradient's shape and no rows."""
+
+    @staticmethod
+    def forward(ctx, x, q, plan: Plan, transfer: Transfer):
+        ctx.plan, ctx.transfer = plan, transfer
+        transfer.start(spread_bytes(q, plan).view(torch.uint8), transfer.send, transfer.receive)
+        return x.new_zeros(1).expand(sum(transfer.receive), x.shape[1])
+
+    @staticmethod
+    def backward(ctx, _):
+        return sum_rows(ctx.transfer.finish(), ctx.plan.place), None, None, None
+
+
+class _ArriveInFp8(torch.autograd.Function):
+    """Wait for `_DepartInFp8` → (the same shape, e4m3 rows). The gradient goes back in its own dtype, as in `_Arrive`."""
+
+    @staticmethod
+    def forward(ctx, shape, transfer: Transfer):
+        ctx.transfer = transfer
+        q = transfer.finish().view(FP8)
+        ctx.mark_non_differentiable(q)
+        return shape.view_as(shape), q
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return _Arrive.backward(ctx, gradient)
+
+
 def each_once(ranks: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """ranks: int [T, K], of every choice → the same in order, every rank of a token once and then num_ranks."""
     ranks = ranks.sort(1).values
@@ -116,11 +147,23 @@ class MoE(MoELayer):
         send, receive, choices = self._sizes(toward.edges.diff(), counts)
         toward = toward.first(sum(send))
         leaving, arriving = Transfer(self.ep_group, send, receive), Transfer(self.ep_group, send, receive)
-        rows = _Depart.apply(GatherRows.apply(x, toward), leaving)
-        routes = _Depart.apply(GatherRows.apply(torch.cat([probs, experts.to(probs.dtype)], 1), toward), arriving)
+        routes, sizes = [probs, experts.to(probs.dtype)], [probs.shape[1]] * 2
+        sent = self.experts.quantized(x) if self.etp_group.size() == 1 else None
+        if sent is None:
+            rows = _Depart.apply(GatherRows.apply(x, toward), leaving)
+        else:  # half the bytes, and quantized before or behind the wire it is the same
+            rows = _DepartInFp8.apply(x, sent.q, toward, leaving)
+            routes, sizes = [*routes, sent.scale.unsqueeze(1)], [*sizes, 1]
+        routes = _Depart.apply(GatherRows.apply(torch.cat(routes, 1), toward), arriving)
         activated = self.shared_experts.activate(hidden)
-        probs, experts = _Arrive.apply(routes, arriving).chunk(2, dim=1)
-        rows = self._on_this_rank(_Arrive.apply(rows, leaving), probs, self._local(experts), choices, unread)
+        probs, experts, *scale = _Arrive.apply(routes, arriving).split(sizes, dim=1)
+        arrived = None
+        if sent is None:
+            rows = _Arrive.apply(rows, leaving)
+        else:
+            rows, q = _ArriveInFp8.apply(rows, leaving)
+            arrived = Rows(q, scale[0].detach().squeeze(1))
+        rows = self._on_this_rank(rows, probs, self._local(experts), choices, unread, arrived)
         back = Transfer(self.ep_group, receive, send, unread)
         rows = _Depart.apply(rows, back)
         shared = self.shared_experts.project(activated, unread)
@@ -143,14 +186,17 @@ class MoE(MoELayer):
         number = experts.detach().to(torch.int32) - self.ep_group.rank() * self.num_local_experts
         return number.masked_fill((number < 0) | (number >= self.num_local_experts), self.num_local_experts)
 
-    def _on_this_rank(self, x, probs, experts, choices: int, unread: bool) -> torch.Tensor:
+    def _on_this_rank(self, x, probs, experts, choices: int, unread: bool, arrived: Rows | None) -> torch.Tensor:
         """[R, hidden] → the sum of what this rank's experts make of each row; probs and experts [R, K], of them `choices` here.
+
+        arrived: x in FP8 where it travelled so.
 
         Expert tensor ranks each hold a slice of every expert: they pool rows and share out sums.
         """
         etp = self.etp_group
         if etp.size() == 1:
-            return self.experts(x, probs, plan_rows(experts, self.num_local_experts).first(choices), unread=unread)
+            plan = plan_rows(experts, self.num_local_experts).first(choices)
+            return self.experts(x, probs, plan, unread=unread, arrived=arrived)
         own = torch.tensor([x.shape[0], choices], device=x.device)
         sizes = own.new_empty(2 * etp.size())
         dist.all_gather_into_tensor(sizes, own, group=etp)
