@@ -2,9 +2,8 @@
 
 import os
 from dataclasses import dataclass
-from math import lcm, prod
+from math import lcm
 
-from glm45_tune.errors import LayoutError
 from glm45_tune.spec import ModelSpec
 
 
@@ -67,47 +66,6 @@ class Layout:
     def data_parallel_size(self) -> int:
         return self.world_size // self.dense_ranks
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise LayoutError unless the model and the ranks divide as this layout asks."""
-        tp, pp, ep = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.expert_model_parallel_size
-        etp, cp, vpp = (
-            self.expert_tensor_parallel_size,
-            self.context_parallel_size,
-            self.virtual_pipeline_model_parallel_size,
-        )
-        self._must_fit((("tensor", tp), ("context", cp), ("pipeline", pp)))
-        self._must_fit((("expert tensor", etp), ("expert", ep), ("pipeline", pp)))
-        _must_divide("expert_model_parallel_size", ep, "experts", spec.num_moe_experts)
-        _must_divide("tensor_model_parallel_size", tp, "attention heads", spec.num_attention_heads)
-        _must_divide("tensor_model_parallel_size", tp, "query groups", spec.num_query_groups)
-        _must_divide("tensor_model_parallel_size", tp, "words of the vocabulary", spec.vocab_size)
-        _must_divide("tensor_model_parallel_size", tp, "columns of the dense MLP", spec.ffn_hidden_size)
-        _must_divide("tensor_model_parallel_size", tp, "columns of the shared expert", spec.shared_ffn_hidden_size)
-        _must_divide("expert_tensor_parallel_size", etp, "columns of an expert", spec.moe_ffn_hidden_size)
-        if pp == 1 and vpp > 1:
-            raise LayoutError(
-                f"virtual_pipeline_model_parallel_size {vpp} interleaves pipeline stages, and pipeline_model_parallel_size "
-                "is 1. Set it to 2 or more, or virtual_pipeline_model_parallel_size to 1."
-            )
-        if self.num_segments > spec.num_layers:
-            what = f"pipeline_model_parallel_size {pp}" + (
-                f" × virtual_pipeline_model_parallel_size {vpp} = {self.num_segments}" if vpp > 1 else ""
-            )
-            raise LayoutError(f"{what} exceeds the {spec.num_layers} layers of the model.")
-
-    def _must_fit(self, axes: tuple[tuple[str, int], ...]) -> None:
-        """Raise LayoutError unless the product of these axes divides the ranks; says which numbers of ranks are nearest."""
-        product, ranks = prod(size for _, size in axes), self.world_size
-        if ranks % product == 0:
-            return
-        smallest = self.smallest_world_size
-        near = [count for count in (ranks // smallest * smallest, (ranks // smallest + 1) * smallest) if count]
-        terms = " × ".join(f"{name} {size}" for name, size in axes if name != "context" or size > 1)
-        raise LayoutError(
-            f"{terms} = {product} does not divide the {ranks} ranks of this job. Use a multiple of {smallest} ranks; "
-            f"nearest: {' or '.join(map(str, near))}."
-        )
-
     def stage_layers(self, spec: ModelSpec, with_mtp: bool) -> list[int]:
         """How many decoder layers each segment holds (a pipeline stage, or a virtual one); sizes differ by at most one.
 
@@ -131,9 +89,3 @@ class Layout:
             stages.append("".join(layers[first : first + size]))
             first += size
         return "|".join(stages) + "/*E" * (spec.mtp_num_layers if with_mtp else 0)
-
-
-def _must_divide(key: str, size: int, what: str, count: int) -> None:
-    if count % size:
-        valid = [n for n in range(1, min(count, 256) + 1) if count % n == 0]
-        raise LayoutError(f"{key} {size} does not divide the {count} {what}; allowed: {', '.join(map(str, valid))}.")

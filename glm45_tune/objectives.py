@@ -42,7 +42,7 @@ class PreferenceConfig(Section):
 class RewardConfig(Section):
     function: str
     """exact_match, regex, math, json_schema, format, length, or module:function, a Python function of (prompt, completion, columns)."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    weight: float = 1.0
     options: dict[str, Any] = {}
     """Keyword arguments of the function.
 

@@ -18,7 +18,7 @@ from glm45_tune.faults import UniqueKeys, explain, override
 from glm45_tune.layout import Layout
 from glm45_tune.objectives import PreferenceConfig, RLConfig, check_objective
 from glm45_tune.redaction import redacted, redacted_text
-from glm45_tune.section import Dtype, NotNegative, Positive, Section
+from glm45_tune.section import Dtype, NotNegative, Positive, PositiveFloat, Ranks, Section
 
 # the linears LoRA can sit on, megatron's name → the HF projections fused in it
 LINEARS = {
@@ -74,7 +74,7 @@ class SourceConfig(Section):
 
     ModelScope, or module:function, a Python function that yields rows. PATH#5000 takes a sample of 5000 rows.
     """
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: PositiveFloat = 1.0
     """How often an epoch sees its samples: 2 is twice, 0.5 is half of them, drawn by the seed."""
 
 
@@ -140,7 +140,7 @@ class DataConfig(Section):
 
 class LoraConfig(Section):
     r: Positive = 32
-    lora_alpha: Annotated[float, Field(gt=0)] = 64.0
+    lora_alpha: PositiveFloat = 64.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     """Scale by lora_alpha / √r instead of lora_alpha / r."""
@@ -187,16 +187,16 @@ def _ends(path: str, target: str) -> bool:
 
 
 class ParallelConfig(Section):
-    tensor_model_parallel_size: Positive = 1
+    tensor_model_parallel_size: Ranks = 1
     """Sequence parallelism goes with it."""
-    pipeline_model_parallel_size: Positive = 1
-    virtual_pipeline_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Ranks = 1
+    virtual_pipeline_model_parallel_size: Ranks = 1
     """Runs of layers a pipeline rank holds, interleaved; more of them shorten the pipeline's idle time. Any depth divides."""
-    context_parallel_size: Positive = 1
+    context_parallel_size: Ranks = 1
     """Ranks that share the tokens of a row, for rows too long for one; every document is cut over all of them."""
-    expert_model_parallel_size: Positive = 1
-    expert_tensor_parallel_size: Positive = 1
-    world_size: Positive | None = None
+    expert_model_parallel_size: Ranks = 1
+    expert_tensor_parallel_size: Ranks = 1
+    world_size: Ranks | None = None
     """Ranks to start without torchrun; null: all visible GPUs, or on a CPU the fewest that the sizes above allow."""
 
     def layout(self, world_size: int | None = None) -> Layout:
@@ -207,7 +207,7 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    lr: PositiveFloat = 1e-4
     min_lr: NotNegative | None = None
     """Where the cosine ends; null: at a tenth of lr."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -215,7 +215,7 @@ class OptimizerConfig(Section):
     weight_decay: NotNegative = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    adam_eps: PositiveFloat = 1e-8
     clip_grad: NotNegative = 1.0
     """Largest gradient norm; 0 does not clip."""
     exp_avg_dtype: Dtype = "fp32"
@@ -258,7 +258,7 @@ class TrainConfig(Section):
     """Steps between evaluations; null: at the end only."""
     save_interval: Positive | None = None
     """Steps between checkpoints; null: at the end only."""
-    save_interval_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    save_interval_minutes: PositiveFloat | None = None
     """Minutes between checkpoints, beside save_interval or instead of it."""
     save_total_limit: Positive | None = None
     """How many of the last checkpoints are kept; null: all."""
@@ -270,7 +270,7 @@ class TrainConfig(Section):
     """
     max_skipped_steps: Positive = 5
     """Steps in a row whose loss or gradient is not finite, or whose answers all lack a reward, after which the run ends."""
-    distributed_timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    distributed_timeout_minutes: PositiveFloat = 30.0
     """How long a rank may take over one pass, an update or a load before the run ends and says which rank hangs, and where."""
     recompute_granularity: Literal["auto", "full", "selective"] | None = None
     """auto: full with block, the fewest layers that fit the cards, and of the others the modules that make the fastest step."""
@@ -332,6 +332,17 @@ class Recipe(Section):
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
     card: CardConfig = CardConfig()
+
+    def __init__(self, *unnamed, **sections):
+        if unnamed:
+            raise RecipeError(
+                f"Recipe({unnamed[0]!r}): sections are given by their names; a file is read by Recipe.load(path)."
+            )
+        try:
+            super().__init__(**sections)
+        except ValidationError as error:
+            faults = [redacted_text(fault) for fault in explain(error.errors(), type(self))]
+            raise RecipeError("recipe: " + ("" if len(faults) == 1 else "\n  ") + "\n  ".join(faults)) from None
 
     @model_validator(mode="after")
     def _knows_its_end(self):
@@ -426,11 +437,14 @@ class Recipe(Section):
     @classmethod
     def from_dict(cls, document: dict, where: str = "recipe") -> "Recipe":
         """Check a recipe given as nested dicts."""
+        if not isinstance(document, dict):
+            raise RecipeError(f"{where}: holds {type(document).__name__}; a recipe is a mapping of sections.")
+        if odd := [key for key in document if not isinstance(key, str)]:
+            raise RecipeError(f"{where}: {odd[0]!r}: unknown key. Allowed: {', '.join(cls.model_fields)}.")
         try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            faults = [redacted_text(fault) for fault in explain(error.errors(), cls)]
-            raise RecipeError(f"{where}: " + ("" if len(faults) == 1 else "\n  ") + "\n  ".join(faults)) from None
+            return cls(**document)
+        except RecipeError as error:
+            raise RecipeError(where + str(error).removeprefix("recipe")) from None
 
     def shown(self, **options) -> dict:
         """The recipe as it may be written and shown: without its secrets. options: of model_dump."""

@@ -57,10 +57,15 @@ class ForwardReport:
 @torch.no_grad()
 def compare_forward(reference: HfDir, model: HfReader, num_tokens: int = 96, seed: int = 0) -> ForwardReport:
     """`reference` in transformers' modules and `model` in ours, in fp32, on two random documents in one packed row."""
+    with runtime.borrowed():
+        runtime.start(Layout())
+        return _compared(reference, model, num_tokens, seed)
+
+
+def _compared(reference: HfDir, model: HfReader, num_tokens: int, seed: int) -> ForwardReport:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    runtime.start(Layout())
     device = runtime.device()
     config = transformers.AutoConfig.from_pretrained(
         str(reference.path), attn_implementation="eager", experts_implementation="eager", trust_remote_code=False

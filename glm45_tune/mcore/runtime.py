@@ -1,21 +1,26 @@
 """Start and stop of a rank: device, process groups, megatron's parallel state, seeds."""
 
+import atexit
 import contextlib
 import datetime
 import hashlib
 import os
+import sys
 import time
 import uuid
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 
+from glm45_tune import surroundings
 from glm45_tune.layout import Layout
 from glm45_tune.mcore import cpu
 
-_started = False
+_undo: contextlib.ExitStack | None = None
+"""Puts back what `start` changed; None: not started."""
 _store: dist.Store | None = None
 
 
@@ -45,11 +50,17 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout
     timeout_minutes: how long joining may take; a call between ranks gives up after twice as long.
     Safe to call again with another layout in one process: the parallel state is rebuilt over the same ranks.
     """
-    global _started, _store
+    global _undo, _store
+    if _undo is None:
+        _undo = contextlib.ExitStack()
+        atexit.register(_put_back)  # while all it needs is still there
+        _undo.callback(setattr, sys, "excepthook", sys.excepthook)  # torch's groups set their own
+        _undo.enter_context(surroundings.quiet())
+        _undo.enter_context(surroundings.environment("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"))
+        _undo.enter_context(_same_algorithms())
+        if not torch.cuda.is_available():
+            _undo.enter_context(cpu.entered())
     _choose_algorithms(deterministic)
-    if not torch.cuda.is_available() and not _started:
-        cpu.enter()
-    _started = True
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -184,7 +195,52 @@ def seed_all(seed: int) -> None:
 
 
 def stop() -> None:
-    """Leave the job."""
+    """Leave the job; what `start` changed in this process is put back."""
+    global _store
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
+    _put_back()
+
+
+def _put_back() -> None:
+    global _undo
+    atexit.unregister(_put_back)
+    undo, _undo = _undo, None
+    if undo is not None:
+        undo.close()
+
+
+@contextlib.contextmanager
+def borrowed() -> Iterator[None]:
+    """Around a job in a process that goes on afterwards: it ends as `stop` leaves it, or still runs where it ran before."""
+    if _undo is not None:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        # of several ranks the others may be gone or wait, and leaving groups waits for them: the process ends anyway
+        if "RANK" not in os.environ:
+            stop()
+        raise
+    stop()
+
+
+@contextlib.contextmanager
+def _same_algorithms() -> Iterator[None]:
+    """Torch's choice of algorithms and its generator are afterwards as before."""
+    state, benchmark = torch.get_rng_state(), torch.backends.cudnn.benchmark
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    is_strict, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(is_strict, warn_only=only_warns)

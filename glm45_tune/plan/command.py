@@ -13,6 +13,7 @@ from glm45_tune.plan.memory import GIB
 from glm45_tune.plan.models import find_spec, is_fp8
 from glm45_tune.plan.planner import Hardware, Plan
 from glm45_tune.recipe import Recipe
+from glm45_tune.section import MOST_RANKS
 from glm45_tune.spec import ModelSpec
 
 
@@ -52,6 +53,8 @@ class Question:
 def ask(request: Request) -> Question:
     if request.data_tokens is not None and not 0 < request.data_tokens < float("inf"):
         raise UserError(f"plan: --tokens {request.data_tokens}: a positive number is expected.")
+    if request.gpus and request.gpus > MOST_RANKS:
+        raise UserError(f"plan: --gpus {request.gpus}: at most {MOST_RANKS} are planned.")
     recipe = Recipe.load(request.recipe_path, request.overrides)
     length = recipe.data.seq_length
     if request.document_tokens and request.document_tokens > length:
@@ -60,10 +63,6 @@ def ask(request: Request) -> Question:
             f"cut to that. Give at most {length}, or raise data.seq_length."
         )
     spec, origin = find_spec(recipe.model.path)
-    if recipe.model.mtp_loss_scaling_factor and not spec.mtp_num_layers:
-        raise UserError(
-            f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
-        )
     if recipe.model.frozen_dtype == "auto" and recipe.lora is not None and is_fp8(recipe.model.path):
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"frozen_dtype": "fp8"})})
     return Question(request, recipe, spec, origin, request.gpus or recipe.parallel.layout().world_size)
@@ -175,11 +174,12 @@ def search(question: Question, as_json: bool) -> None:
 
 def _none_fits(question: Question, hardware: Hardware) -> str:
     name = hardware.card.name
-    for gpus in range(question.gpus + 1, 4 * question.gpus + 9):
+    most = max(question.gpus, min(4 * question.gpus + 8, planner.MOST_CARDS))
+    for gpus in range(question.gpus + 1, most + 1):
         if found := planner.search(question.spec, question.recipe, replace(hardware, gpus=gpus)):
             best = found[0]
             return (
                 f"no layout of {question.gpus} × {name} holds this recipe. Nearest that fits: {gpus} × {name}, "
                 f"{report.layout_text(best)}: {report.settings_text(best)}"
             )
-    return f"no layout of {question.gpus} × {name} holds this recipe, nor of up to {4 * question.gpus + 8}; take a larger card."
+    return f"no layout of {question.gpus} × {name} holds this recipe, nor of up to {most}; take a larger card."

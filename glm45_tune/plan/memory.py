@@ -259,3 +259,16 @@ class Model:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(middle) else (middle + 1, high)
         return low
+
+    def least_everywhere(self, free_bytes: float) -> int | None:
+        """The fewest layers to compute again, the same number in every segment of every stage; None: none will do."""
+        counts = [self.least(stage, free_bytes) for stage in range(len(self.stages))]
+        if None in counts:
+            return None
+        return next(
+            (again for again in range(max(counts), max(self.segments) + 1) if self._all_fit(again, free_bytes)), None
+        )
+
+    def _all_fit(self, again: int, free_bytes: float) -> bool:
+        stages = range(len(self.stages))
+        return all(self.memory(stage, self.first_layers(stage, again)).needed <= free_bytes for stage in stages)

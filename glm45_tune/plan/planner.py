@@ -2,13 +2,17 @@
 
 from dataclasses import asdict, dataclass, replace
 
+from glm45_tune.checks import check
 from glm45_tune.errors import LayoutError, RecipeError, UserError
 from glm45_tune.layout import Layout
 from glm45_tune.plan.cards import Card
 from glm45_tune.plan.memory import GIB, Model, StageMemory
 from glm45_tune.plan.timing import StepTime, step_seconds
-from glm45_tune.recipe import Recipe, with_frozen
+from glm45_tune.recipe import ParallelConfig, Recipe, with_frozen
 from glm45_tune.spec import ModelSpec
+
+# more are not tried where a recipe does not fit
+MOST_CARDS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,38 +54,9 @@ class Plan:
         return self.time.tokens / self.time.total if self.time else 0.0
 
 
-def check(spec: ModelSpec, layout: Layout, recipe: Recipe) -> None:
-    """Everything about the numbers of a layout that can be wrong, with what would be right. Raises UserError."""
-    layout.check(spec)
-    rows = recipe.train.micro_batch_size * layout.data_parallel_size
-    batch = recipe.train.global_batch_size
-    # its batch is prompts, whose completions fill micro batches as they come
-    is_rl = getattr(recipe, "rl", None) is not None
-    if batch % rows and not is_rl:
-        near = sorted({max(1, batch // rows) * rows, -(-batch // rows) * rows})
-        raise RecipeError(
-            f"train.global_batch_size {batch} is no multiple of micro_batch_size {recipe.train.micro_batch_size} × "
-            f"{layout.data_parallel_size} data-parallel ranks = {rows}; use {' or '.join(map(str, near))}."
-        )
-    multiple = layout.microbatch_multiple
-    if batch // rows % multiple and not is_rl:
-        raise RecipeError(
-            f"train.global_batch_size {batch} makes {batch // rows} micro batches a step; interleaved stages want a multiple of "
-            f"{multiple}: use {-(-batch // (rows * multiple)) * rows * multiple}."
-        )
-    pieces = layout.tensor_model_parallel_size * layout.context_parallel_size
-    length = recipe.data.seq_length
-    if length % pieces:
-        near = [size for size in (length // pieces * pieces, -(-length // pieces) * pieces) if size]
-        raise RecipeError(
-            f"data.seq_length {length} is no multiple of {pieces}, into which tensor and context ranks cut a row; "
-            f"use {' or '.join(map(str, near))}."
-        )
-
-
 def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan:
     """The recipe under this layout as it stands; with recompute `auto`, the fastest that fits. Raises UserError."""
-    check(spec, layout, recipe)
+    check(spec, recipe, layout)
     if recipe.train.recompute_granularity == "auto":
         return auto(spec, recipe, layout, hardware)[0]
     model = Model(spec, layout, _on(recipe, hardware.card))
@@ -165,11 +140,44 @@ def _of(model: Model, hardware: Hardware, stages: list[StageMemory]) -> Plan:
 
 
 def with_least_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> Plan | None:
-    """The layout with recompute `auto`, whatever the recipe says; None where nothing fits. Raises UserError on a wrong layout."""
-    check(spec, layout, recipe)
-    auto = recipe.train.model_copy(update={"recompute_granularity": "auto", "recompute_modules": None})
-    found = _fastest(spec, recipe.model_copy(update={"train": auto}), layout, hardware)
-    return found and found[0]
+    """The layout with the least recompute that a recipe can name, whatever this recipe says; None where nothing fits.
+
+    The plan's recipe holds those settings, so that they give the same figures when planned again. A recipe has one count
+    for all stages; only `auto` lets each stage have its own. Raises UserError on a wrong layout.
+    """
+    check(spec, recipe, layout)
+    parallel = ParallelConfig(**asdict(layout))
+    best = None
+    for modules in ([], ["attention"], ["moe"]):
+        changes = {"recompute_granularity": "auto", "recompute_modules": modules}
+        model = Model(spec, layout, _on(_with_train(recipe, **changes), hardware.card))
+        again = model.least_everywhere(hardware.card.memory_gib * GIB)
+        if again is None:
+            continue
+        settings = _with_train(recipe, **_settings(again, modules)).model_copy(update={"parallel": parallel})
+        model = Model(spec, layout, _on(settings, hardware.card))
+        found = _of(model, hardware, model.all_stages())
+        if best is None or found.tokens_per_second > best.tokens_per_second:
+            best = found
+        if not again:
+            break  # with nothing left out it fits
+    return best
+
+
+def _settings(again: int, modules: list[str]) -> dict:
+    """The keys of `train` that compute the first `again` layers of every segment again, and `modules` of the others."""
+    if again:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": again,
+            "recompute_modules": modules or None,
+        }
+    return {"recompute_granularity": "selective" if modules else None, "recompute_modules": modules or None}
+
+
+def _with_train(recipe: Recipe, **changes) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def search(spec: ModelSpec, recipe: Recipe, hardware: Hardware) -> list[Plan]:
@@ -203,7 +211,7 @@ def _layouts(spec: ModelSpec, recipe: Recipe, hardware: Hardware):
                 )
 
 
-def fewest(spec: ModelSpec, recipe: Recipe, hardware: Hardware, most: int = 1024) -> int | None:
+def fewest(spec: ModelSpec, recipe: Recipe, hardware: Hardware, most: int = MOST_CARDS) -> int | None:
     """The fewest cards, more than the plan has, on which the recipe's own layout fits as it stands."""
     step = recipe.parallel.layout().smallest_world_size
     for gpus in range((hardware.gpus // step + 1) * step, most + 1, step):

@@ -37,12 +37,13 @@ def layout_text(plan: Plan) -> str:
 
 def recompute_text(plan: Plan) -> str:
     train, again, all_layers = plan.recipe.train, plan.recomputed, plan.spec.num_layers
-    if train.recompute_granularity == "selective":
-        return f"selective: {', '.join(train.recompute_modules or ['core_attn'])}"
+    modules = train.recompute_modules
+    if train.recompute_granularity == "selective" and modules is None:
+        modules = ["core_attn"]
     whole = f"{'all' if again == all_layers else f'{again} of the'} {all_layers} layers" if again else ""
     halves = ""
-    if again < all_layers and train.recompute_granularity is not None and train.recompute_modules:
-        halves = f"{' and '.join(train.recompute_modules)} of " + ("the others" if again else "all layers")
+    if again < all_layers and train.recompute_granularity is not None and modules:
+        halves = f"{' and '.join(modules)} of " + ("the others" if again else "all layers")
     return ", ".join(filter(None, (whole, halves))) or "none"
 
 
@@ -202,15 +203,15 @@ def show_search(found: list[Plan], console: Console, count: int = 10) -> None:
 
 
 def settings_text(plan: Plan) -> str:
-    """A found layout as overrides that the command line takes."""
-    layout = plan.layout
+    """A found plan as overrides that the command line takes: planned with them, the recipe gives the same figures."""
+    layout, train = plan.layout, plan.recipe.train
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-    keys = [f"parallel.{name}={getattr(layout, name)}" for name in (*names, "expert_tensor_parallel_size")]
-    again, modules = plan.recomputed, plan.recipe.train.recompute_modules
-    if again:
-        keys += ["train.recompute_granularity=full", "train.recompute_method=block"]
-        keys.append(f"train.recompute_num_layers={max(sum(stage.recompute) for stage in plan.stages)}")
-    else:
-        keys.append(f"train.recompute_granularity={'selective' if modules else 'null'}")
+    names += ("expert_tensor_parallel_size", "world_size")
+    keys = [f"parallel.{name}={getattr(layout, name)}" for name in names]
+    keys.append(f"train.recompute_granularity={train.recompute_granularity or 'null'}")
+    if train.recompute_granularity == "full":
+        keys.append(f"train.recompute_method={train.recompute_method}")
+        keys.append(f"train.recompute_num_layers={train.recompute_num_layers}")
+    modules = train.recompute_modules
     keys.append(f"train.recompute_modules={'[' + ','.join(modules) + ']' if modules else 'null'}")
     return " ".join(keys)

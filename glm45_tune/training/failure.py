@@ -56,16 +56,27 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _out_of_memory(job: Job, watchdog: Watchdog, error: Exception) -> str:
+    where = f"step {watchdog.step + 1}, {watchdog.phase}"
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    try:
+        advice = _advice(job)
+    except (
+        Exception
+    ) as fault:  # advice may fail too, of memory say: the sentence about this rank must not be lost by it
+        advice = f"The planner could not be asked for another layout: {type(fault).__name__}: {fault}"
+    return f"rank {os.environ.get('RANK', 0)} is out of memory in {where}: {first}\n{advice}"
+
+
+def _advice(job: Job) -> str:
+    """The fastest layout that takes less than this one, as the planner counts."""
     cards = hardware(job)
     now = planner.plan(job.source.spec, job.recipe, job.layout, cards)
     fitting = planner.search(job.source.spec, job.recipe, cards)
     smaller = [plan for plan in fitting if plan.worst.needed < now.worst.needed]
-    where = f"step {watchdog.step + 1}, {watchdog.phase}"
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if smaller:
-        best = smaller[0]
-        advice = f"The planner's next layout: {report.layout_text(best)}, {report.recompute_text(best)} recomputed: "
-        advice += f"{report.settings_text(best)}. The same command with it goes on from the last checkpoint."
-    else:
-        advice = f"The planner knows no layout of {cards.gpus} × {cards.card.name} that takes less: more cards, or a shorter row."
-    return f"rank {os.environ.get('RANK', 0)} is out of memory in {where}: {first}\n{advice}"
+    if not smaller:
+        return f"The planner knows no layout of {cards.gpus} × {cards.card.name} that takes less: more cards, or a shorter row."
+    best = smaller[0]
+    return (
+        f"The planner's next layout: {report.layout_text(best)}, {report.recompute_text(best)} recomputed: "
+        f"{report.settings_text(best)}. The same command with it goes on from the last checkpoint."
+    )

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from glm45_tune.errors import DataError
+from glm45_tune import surroundings
+from glm45_tune.errors import DataError, RecipeError
 from glm45_tune.recipe import Recipe
 from glm45_tune.training.prepare import prepare, world_size
 from glm45_tune.training.ranks import Ranks
@@ -15,11 +16,16 @@ from glm45_tune.training.ranks import Ranks
 _GIVEN = "the rows given"
 
 
-def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
+def train(recipe: Recipe | str | os.PathLike, data: Iterable[dict] | None = None) -> int:
     """Run a recipe to its end. Returns its exit code: 0, or that of the rank that ended otherwise. Raises UserError before ranks start.
 
+    recipe: a checked one, or the path of a recipe file.
     data: rows to train on instead of the recipe's, such as {"messages": [...]}; they are written to a file that all ranks read.
     """
+    if isinstance(recipe, str | os.PathLike):
+        recipe = Recipe.load(recipe)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"train: a Recipe or a recipe file's path is expected, and {type(recipe).__name__} came.")
     if data is not None:
         with tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
             rows = Path(holder) / "rows.jsonl"
@@ -33,12 +39,12 @@ def train(recipe: Recipe, data: Iterable[dict] | None = None) -> int:
                     re.sub(rf"{re.escape(str(rows))}:(\d+): ", rf"row \1 of {_GIVEN}: ", str(error))
                 ) from None
     if "RANK" in os.environ or not _is_for_several(recipe):
-        from glm45_tune.mcore import runtime
-        from glm45_tune.training import loop
+        with surroundings.kept():
+            from glm45_tune.mcore import runtime
+            from glm45_tune.training import loop
 
-        code = loop.run(prepare(recipe))
-        runtime.stop()
-        return code
+            with runtime.borrowed():
+                return loop.run(prepare(recipe))
     with Ranks() as ranks, tempfile.TemporaryDirectory(prefix="glm45_tune_") as holder:
         job = prepare(recipe)
         if job.stream:

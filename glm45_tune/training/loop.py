@@ -28,6 +28,7 @@ from glm45_tune.training.preference import Preference
 from glm45_tune.training.prepare import Job
 from glm45_tune.training.samples import Samples
 from glm45_tune.training.saver import Saver, check_saved
+from glm45_tune.training.schedule import schedule_of
 from glm45_tune.training.sft import Supervised
 from glm45_tune.training.watchdog import Watchdog
 
@@ -88,10 +89,11 @@ def _train(job: Job, watchdog: Watchdog) -> int:
     method: Method = METHODS[job.kind](job, trainer)
     saver = Saver(job, trainer)
     watchdog.enter("loading the last checkpoint")
-    step, num_skipped = _resume(saver, method)
-    nonfinite = NonFinite(job, num_skipped, writes=is_first)
+    facts = _resume(saver, method)
+    step = facts["step"]
+    nonfinite = NonFinite(job, facts.get("skipped_steps", 0), writes=is_first)
     if is_first:
-        _say_the_start(job, trainer, step)
+        _say_the_start(job, trainer, facts)
     samples = Samples(job, trainer) if job.recipe.kind != "rl" else None
     if samples and not step:
         watchdog.enter("writing sample texts")
@@ -107,7 +109,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
                 values = _step(job, method, step)
             except ToldToStop:  # by all ranks together; nothing of this step was trained
                 if step != saver.saved:
-                    saver.save(_facts(step, {}, method, nonfinite))
+                    saver.save(_facts(job, step, {}, method, nonfinite))
                 break
             step += 1
             is_last = step == job.num_steps
@@ -126,7 +128,7 @@ def _train(job: Job, watchdog: Watchdog) -> int:
             must_stop, is_time = interruption.agree(saver.wants_time())
             if is_last or must_stop or is_time or saver.is_due(step, _held_out_loss(values)):
                 watchdog.enter("copying what is saved")
-                saver.save(_facts(step, values, method, nonfinite))
+                saver.save(_facts(job, step, values, method, nonfinite))
         watchdog.enter("writing the last checkpoint")
         saver.wait()
     if samples and step == job.num_steps:
@@ -154,18 +156,19 @@ def collector_spared():
         gc.unfreeze()
 
 
-def _resume(saver: Saver, method: Method) -> tuple[int, int]:
-    """Returns the numbers of steps done and of steps skipped."""
+def _resume(saver: Saver, method: Method) -> dict:
+    """Returns what the run's last checkpoint was saved with; of none, step 0."""
     facts = saver.restore()
     if facts["step"]:
         method.resume(facts)
-    return facts["step"], facts.get("skipped_steps", 0)
+    return facts
 
 
-def _facts(step: int, values: dict[str, float], method: Method, nonfinite: NonFinite) -> dict:
+def _facts(job: Job, step: int, values: dict[str, float], method: Method, nonfinite: NonFinite) -> dict:
     loss = _held_out_loss(values)
     evaluated = {} if loss is None else {"eval_loss": loss}
-    return {"step": step, "skipped_steps": nonfinite.count, **evaluated, **method.state}
+    schedule = schedule_of(job.recipe, job.num_steps)
+    return {"step": step, "skipped_steps": nonfinite.count, "schedule": schedule, **evaluated, **method.state}
 
 
 def _held_out_loss(values: dict[str, float]) -> float | None:
@@ -205,10 +208,10 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _say_the_start(job: Job, trainer: Trainer, step: int) -> None:
-    if step < job.num_steps:  # of an earlier end, which this run goes past
+def _say_the_start(job: Job, trainer: Trainer, facts: dict) -> None:
+    if facts["step"] < job.num_steps:  # of an earlier end, which this run goes past
         shutil.rmtree(job.run / "adapter", ignore_errors=True)
-    print("\n".join(summary.at_start(job, trainer, step)), file=sys.stderr, flush=True)
+    print("\n".join(summary.at_start(job, trainer, facts)), file=sys.stderr, flush=True)
 
 
 def _say_the_end(job: Job, step: int, num_skipped: int) -> None:

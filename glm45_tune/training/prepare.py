@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glm45_tune.checks import check
 from glm45_tune.conversion.hf_files import HfDir
 from glm45_tune.conversion.patterns import frozen
 from glm45_tune.conversion.stream import has_mtp, open_model
@@ -89,18 +90,12 @@ def prepare(recipe: Recipe) -> Job:
     source = open_model(recipe.model.path)
     if isinstance(source, HfDir):
         source.check()
-    layout.check(source.spec)
-    if recipe.model.mtp_loss_scaling_factor and not has_mtp(source):
-        raise RecipeError(
-            f"model.mtp_loss_scaling_factor is {recipe.model.mtp_loss_scaling_factor}, but {recipe.model.path} has no MTP layer."
-        )
+    check(source.spec, recipe, layout, has_mtp(source))
     if recipe.card.template and not Path(recipe.card.template).is_file():
         raise RecipeError(f"card.template: {recipe.card.template}: no such file.")
     train = recipe.train
     if recipe.rl:
         check_rewards(recipe.rl.rewards)
-    else:
-        _check_batch(recipe, layout)
     frozen(source.spec, train.freeze, with_mtp=recipe.model.mtp_loss_scaling_factor > 0)
     is_first = os.environ.get("RANK", "0") == "0"  # what the others would find is the same
     if is_first:
@@ -163,26 +158,6 @@ def _check_secrets(recipe: Recipe) -> None:
             resolved(text, place)
     if seen := [place for place in secret_places(document) if place.startswith("rl.engine.command")]:
         raise RecipeError(f"{seen[0]}: a secret in a command is seen in the list of processes. {_BY_ENVIRONMENT}")
-
-
-def _check_batch(recipe: Recipe, layout: Layout) -> None:
-    """Raise RecipeError unless the rows of a step make whole micro batches. (Reinforcement learning's batch is prompts.)"""
-    train = recipe.train
-    share = train.micro_batch_size * layout.data_parallel_size
-    if train.global_batch_size % share:
-        below = train.global_batch_size // share * share
-        near = [size for size in (below, below + share) if size]
-        raise RecipeError(
-            f"train.global_batch_size {train.global_batch_size} is no multiple of micro_batch_size {train.micro_batch_size} × "
-            f"{layout.data_parallel_size} data-parallel ranks = {share}; nearest: {' or '.join(map(str, near))}."
-        )
-    if (microbatches := train.global_batch_size // share) % layout.microbatch_multiple:
-        raise RecipeError(
-            f"train.global_batch_size {train.global_batch_size} makes {microbatches} micro batches a step; interleaved pipeline "
-            f"stages (virtual_pipeline_model_parallel_size {layout.virtual_pipeline_model_parallel_size}) need a multiple of "
-            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}: a global_batch_size that is a multiple of "
-            f"{share * layout.microbatch_multiple}."
-        )
 
 
 def _check_tools(name: str) -> None:

@@ -19,3 +19,24 @@ def learning_rate_of(recipe: Recipe, step: int, num_steps: int) -> float:
     options = recipe.optimizer
     lowest = options.lr / 10 if options.min_lr is None else options.min_lr
     return learning_rate(step, num_steps, options.lr, lowest, options.warmup_ratio)
+
+
+def schedule_of(recipe: Recipe, num_steps: int) -> dict:
+    """What a recipe's rate follows from, as a checkpoint keeps it."""
+    names = ("lr", "min_lr", "warmup_ratio")
+    return {"steps": num_steps, **{name: getattr(recipe.optimizer, name) for name in names}}
+
+
+def changed_schedule(recipe: Recipe, num_steps: int, facts: dict) -> str | None:
+    """What a resumed run's rate follows from now, where its checkpoint was saved under another schedule.
+
+    facts: those of the checkpoint; one of an earlier version does not say its schedule.
+    """
+    before, now, step = facts.get("schedule"), schedule_of(recipe, num_steps), facts["step"]
+    if before in (None, now) or not step < num_steps:
+        return None
+    changed = ", ".join(
+        f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value
+    )
+    rate = learning_rate_of(recipe, step, num_steps)
+    return f"the recipe's as it is now, from step 1 on ({changed}): step {step + 1} has lr {rate:.3g}"

@@ -2,7 +2,6 @@
 
 from glm45_tune.conversion.check import remarks
 from glm45_tune.data.labels import only_label
-from glm45_tune.errors import UserError
 from glm45_tune.mcore import runtime
 from glm45_tune.mcore.step import Trainer
 from glm45_tune.plan import planner
@@ -10,10 +9,12 @@ from glm45_tune.plan.memory import GIB
 from glm45_tune.redaction import secret_places
 from glm45_tune.training.card import hardware
 from glm45_tune.training.prepare import Job
+from glm45_tune.training.schedule import changed_schedule
 
 
-def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
-    """Ten lines that say what will run."""
+def at_start(job: Job, trainer: Trainer, facts: dict) -> list[str]:
+    """Ten lines that say what will run. facts: of the checkpoint it goes on from; of none, step 0."""
+    step, schedule = facts["step"], changed_schedule(job.recipe, job.num_steps, facts)
     recipe, layout, spec = job.recipe, job.layout, job.source.spec
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
     what = f"LoRA r {recipe.lora.r} on {', '.join(recipe.lora.targets)}" if recipe.lora else "all weights"
@@ -31,6 +32,7 @@ def at_start(job: Job, trainer: Trainer, step: int) -> list[str]:
         f"steps     {job.num_steps} of {recipe.train.global_batch_size} rows"
         + ("" if job.stream else f", {job.plan.steps_per_epoch} an epoch"),
         f"update    lr {recipe.optimizer.lr:g}, {recipe.optimizer.warmup_ratio:.0%} warm-up, clipped at {recipe.optimizer.clip_grad:g}",
+        *([f"schedule  {schedule}"] if schedule else []),
         f"recompute {_recompute_line(job)}",
         f"memory    {_memory_line(job)}",
         f"saving    {_saving_line(job)}",
@@ -68,10 +70,7 @@ def _recompute_line(job: Job) -> str:
 
 
 def _memory_line(job: Job) -> str:
-    try:
-        worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware(job)).worst
-    except UserError:  # the planner wants rows that tensor ranks divide; training pads them
-        return f"{job.card.memory_gib:.0f} GiB free"
+    worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware(job)).worst
     return (
         f"{worst.needed / GIB:.1f} GiB planned of {job.card.memory_gib:.0f} free: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
         f"{worst.gradients / GIB:.1f}, optimizer {worst.optimizer / GIB:.1f}, activations {(worst.activations + worst.working) / GIB:.1f}"

@@ -2,6 +2,7 @@
 
 from itertools import combinations, product
 
+from glm45_tune.checks import check_layout
 from glm45_tune.errors import LayoutError
 from glm45_tune.layout import Layout
 from glm45_tune.spec import ModelSpec
@@ -22,7 +23,7 @@ def every(world_size: int, spec: ModelSpec) -> list[dict[str, int]]:
     for sizes in product(*SIZES.values()):
         chosen = dict(zip(SIZES, sizes))
         try:
-            Layout(**chosen, world_size=world_size).check(spec)
+            check_layout(Layout(**chosen, world_size=world_size), spec)
         except LayoutError:
             continue
         found.append(chosen)

@@ -183,7 +183,11 @@ def gpt_model(hf: dict, config, common: dict):
 
 
 def main(jobs: str) -> None:
-    cpu.enter()
+    with cpu.entered():
+        _main(jobs)
+
+
+def _main(jobs: str) -> None:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import token_dispatcher
 

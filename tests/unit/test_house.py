@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "glm45_tune"
 FLOORS = {
     "errors": 0, "documents": 0, "foreign": 0, "progress": 0, "processes": 0, "sizes": 0, "spec": 0, "section": 0, "faults": 0,
     "redaction": 0, "terminal": 0, "console": 0, "web": 0, "versions": 0, "quoting": 0, "guard": 0,
-    "objectives": 0, "recipe": 0, "layout": 0, "system": 0, "run": 0,
+    "objectives": 0, "recipe": 0, "layout": 0, "checks": 0, "system": 0, "run": 0, "surroundings": 0,
     "data": 1, "report": 1, "conversion": 1, "plan": 1, "rl": 1, "tiny": 2,
     "mcore": 2,
     "training": 3, "chat": 3, "hub": 4,

@@ -18,6 +18,7 @@ from glm45_tune.plan.cards import CARDS, find_card
 from glm45_tune.plan.memory import GIB, Model
 from glm45_tune.plan.models import find_spec
 from glm45_tune.plan.planner import Hardware, plan, search, with_recompute
+from glm45_tune.plan.report import recompute_text, settings_text
 from glm45_tune.plan.timing import step_seconds, work
 from glm45_tune.recipe import Recipe
 
@@ -92,11 +93,7 @@ FAULTS = {
     "stages": (["parallel.pipeline_model_parallel_size=64"], ["64 exceeds the 46 layers"]),
     "batch": (
         ["train.global_batch_size=6"],
-        ["global_batch_size 6 is no multiple of micro_batch_size 1 × 4", "use 4 or 8"],
-    ),
-    "row": (
-        ["data.seq_length=8191", "parallel.tensor_model_parallel_size=2"],
-        ["8191 is no multiple of 2", "8190 or 8192"],
+        ["global_batch_size 6 is not a multiple of micro_batch_size 1 × 4", "use 4 or 8"],
     ),
     "card": (["--gpu", "b100"], ["unknown card", "Did you mean", "memory_gib=…"]),
     "card by half": (["--gpu", "memory_gib=48"], ["tflops, bandwidth_gb_s, link_gb_s missing"]),
@@ -262,6 +259,8 @@ def test_the_official_table_is_what_search_says(name, gpus, least):
     layout = found[least][0].layout
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     said = [f"tensor {tensor}"] * (tensor > 1) + [f"pipeline {pipeline}"] * (tensor > 1 < pipeline)
+    again = found[least][0].recomputed
+    said += [f"{again} of {spec.num_layers} recomputed"] * (again > 0)
     assert all(words in row for words in said)
 
 
@@ -371,3 +370,60 @@ def test_what_search_prints_is_what_it_ranked(cli):
     code, out, err = cli("plan", AIR_LORA, "--gpu", "h20", "--gpus", 4, *given, *first["settings"].split(), "--json")
     assert code == 0, err
     assert json.loads(out)["time"]["seconds_per_step"] == pytest.approx(first["time"]["seconds_per_step"], rel=1e-6)
+
+
+SEARCHES = [
+    ("air_lora_4gpu", "h20", 4, ()),
+    ("air_lora_4gpu", "h100", 5, ("train.global_batch_size=20",)),
+    ("air_lora_4gpu", "h20", 3, ()),
+    (
+        "air_lora_4gpu",
+        "h100",
+        4,
+        ("parallel.virtual_pipeline_model_parallel_size=3", "train.recompute_granularity=auto"),
+    ),
+    ("glm45_lora_16xh20", "h20", 8, ("train.recompute_granularity=selective", "train.recompute_modules=[moe]")),
+    ("air_sft_32xh20", "h20", 28, ("parallel.context_parallel_size=2",)),
+    ("air_lora_4gpu", "h200", 6, ("model.mtp_loss_scaling_factor=0.1", "data.seq_length=24001")),
+]
+
+
+@pytest.mark.parametrize("name, card, gpus, changes", SEARCHES)
+def test_every_row_of_a_search_is_what_its_settings_plan(name, card, gpus, changes):
+    """Its memory, its time and its recomputed layers, whatever stages differ in and whatever the recipe said before."""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = Recipe.load(path, changes)
+    spec, _ = find_spec(recipe.model.path)
+    hardware = Hardware(CARDS[card], gpus, 8, recipe.data.seq_length)
+    found = search(spec, recipe, hardware)
+    assert found and all(row.fits for row in found)
+    for row in found:
+        again = Recipe.load(path, [*changes, *settings_text(row).split()])
+        planned = plan(spec, again, again.parallel.layout(), hardware)
+        assert planned.layout == row.layout and planned.stages == row.stages and planned.time == row.time
+        assert planned.recipe == row.recipe and recompute_text(planned) == recompute_text(row)
+
+
+@pytest.mark.parametrize(
+    "name, card, gpus, changes",
+    [
+        ("air_lora_4gpu", "h100", 4, ("parallel.expert_model_parallel_size=4", "train.recompute_granularity=null")),
+        ("air_lora_4gpu", "h100", 5, ("parallel.expert_model_parallel_size=1", "train.global_batch_size=20")),
+        ("air_lora_4gpu", "h20", 3, ("parallel.expert_model_parallel_size=1", "train.global_batch_size=3")),
+        ("glm45_lora_16xh20", "h20", 8, ()),
+    ],
+)
+def test_what_a_plan_that_does_not_fit_suggests_fits_as_it_says(cli, name, card, gpus, changes):
+    """The settings of the suggestion are planned without a word, and recompute as many layers as it says."""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    code, _, err = cli("plan", path, "--gpu", card, "--gpus", gpus, *changes)
+    assert code == 2 and "Nearest that fits" in err
+    said = re.search(r"parallel\.tensor\S+( \S+=\S+)*", err)[0].split()
+    code, out, err_again = cli("plan", path, "--gpu", card, *changes, *said, "--json")
+    assert code == 0, err_again
+    document = json.loads(out)
+    count = sum(sum(stage["recompute"]) for stage in document["stages"])
+    said_layers = re.search(r"(all|\d+) (?:of )?(?:the )?(\d+) layers", err)
+    assert document["card"]["gpus"] == gpus
+    which = 2 if said_layers and said_layers[1] == "all" else 1
+    assert count == (int(said_layers[which]) if said_layers else 0), err

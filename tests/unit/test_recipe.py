@@ -1,13 +1,18 @@
 """Recipes are strict, and say everything that is wrong at once."""
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
+from glm45_tune import faults
+from glm45_tune.checks import check_layout
 from glm45_tune.errors import LayoutError, RecipeError
 from glm45_tune.layout import Layout
 from glm45_tune.recipe import Recipe
+from glm45_tune.section import _kinds
 from glm45_tune.spec import load_spec
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +76,7 @@ FAULTS = [
     ({"train": {"steps": True}}, ["train.steps: is true; a number is expected"]),
     ({"optimizer": {"lr": True}}, ["optimizer.lr: is true"]),
     ({"train": {"epochs": 1, "save_interval_minutes": False}}, ["save_interval_minutes: is false"]),
-    ({"train": {"epochs": 1, "seed": 2**40}}, ["train.seed", "less than"]),
+    ({"train": {"epochs": 1, "seed": 2**40}}, ["train.seed", "at most 4294967295"]),
     ({"train": {"epochs": 1, "recompute_modules": ["moe"]}}, ["recompute_modules needs recompute_granularity"]),
     (
         {"train": {"epochs": 1, "recompute_granularity": "full", "recompute_modules": ["moe"]}},
@@ -168,7 +173,7 @@ def test_a_layout_that_does_not_fit_says_what_would(checkpoints):
     }
     for layout, words in faults.items():
         with pytest.raises(LayoutError) as fault:
-            layout.check(spec)
+            check_layout(layout, spec)
         assert words in str(fault.value)
 
 
@@ -198,3 +203,113 @@ def test_stages_cover_every_layer_once_and_evenly(checkpoints, num_layers, mtp, 
     pattern = layout.hybrid_pattern(spec, bool(mtp))
     assert pattern.replace("|", "") == "*-" + "*E" * (num_layers - 1) + "/*E" * mtp
     assert pattern.count("|") == stages * virtual - 1
+
+
+def _leaves(section, front=()):
+    """Every key of a recipe that may be a number: (its path, its type)."""
+    for name, field in section.model_fields.items():
+        inner = faults._section_in(field.annotation)
+        if inner and "list[" not in str(field.annotation):
+            yield from _leaves(inner, (*front, name))
+        elif kinds := _kinds(field.annotation) & {int, float}:
+            yield (*front, name), kinds
+
+
+def _with(path: tuple[str, ...], value) -> dict:
+    document = copy.deepcopy(BASE) | {"rl": {"rewards": [{"function": "length"}]}, "preference": {}}
+    section = document
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+    section[path[-1]] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    "path, kinds", list(_leaves(Recipe)), ids=lambda value: ".".join(value) if isinstance(value, tuple) else ""
+)
+def test_every_number_is_finite_and_of_this_world(path, kinds):
+    """Whatever way it is written, as text too; the sentence names the key."""
+    for value in (math.inf, -math.inf, math.nan, "inf", "nan", 10**30, -(10**30), 10**5000, "9" * 5000, "1e999"):
+        if float in kinds and value == "9" * 5000:
+            continue
+        with pytest.raises(RecipeError) as fault:
+            Recipe.from_dict(_with(path, value))
+        assert ".".join(path) + ": " in str(fault.value) and len(str(fault.value)) < 3000
+
+
+@pytest.mark.parametrize("value", [math.inf, [math.nan], {"a": [{"b": -math.inf}]}])
+def test_numbers_inside_options_are_finite(value):
+    with pytest.raises(RecipeError, match="rl.rewards.0.options: holds .*finite"):
+        Recipe.from_dict(BASE | {"rl": {"rewards": [{"function": "length", "options": {"most": value}}]}})
+
+
+def test_a_number_or_a_date_that_cannot_be_is_a_sentence(tmp_path):
+    path = tmp_path / "r.yaml"
+    for value in ("9" * 5000, "2026-13-45", '"\\x00"'):
+        path.write_text(yaml.safe_dump(BASE) + f"seed: {value}\n")
+        with pytest.raises(RecipeError):
+            Recipe.load(path)
+        with pytest.raises(RecipeError):
+            Recipe.load(ROOT / "recipes" / "tiny_lora.yaml", [f"train.steps={value}"])
+
+
+@pytest.mark.parametrize(
+    "place, hint",
+    [
+        ("optimizer.learning_rate", "Here it is called optimizer.lr."),
+        ("learning_rate", "Here it is called optimizer.lr."),
+        ("lora.lora_rank", "Here it is called lora.r."),
+        ("lora_r", "Here it is called lora.r."),
+        ("lora.lora_rnak", "Did you mean lora.r?"),
+        ("lora_alpha", "Did you mean lora.lora_alpha?"),
+        ("train.lr", "Did you mean optimizer.lr?"),
+        ("max_length", "Here it is called data.seq_length."),
+        ("data.cutoff_len", "Here it is called data.seq_length."),
+        ("sequence-len", "Here it is called data.seq_length."),
+        ("train.num_train_epochs", "Here it is called train.epochs."),
+        ("per_device_train_batch_size", "Here it is called train.micro_batch_size."),
+        ("optimizer.lerning_rate", "Did you mean optimizer.lr?"),
+        ("optimizer.zzz", "Allowed: lr, min_lr"),
+        ("xyzzy", "Allowed: model, data"),
+    ],
+)
+def test_an_unknown_key_is_told_what_it_is_here(place, hint):
+    """Another tool's word first, then a key of another section, then a spelling that is close; else what is allowed."""
+    path = tuple(place.split("."))
+    with pytest.raises(RecipeError) as fault:
+        Recipe.from_dict(_with(path, 1))
+    assert f"{place}: unknown key. {hint}" in str(fault.value)
+
+
+def test_every_hint_names_a_key_of_a_recipe():
+    """Other tools' words lead to keys that exist; every key with a letter too many is refused with a hint."""
+    known = faults.places(Recipe)
+    assert set(faults.OTHER_WORDS.values()) <= set(known)
+    for place in known:
+        with pytest.raises(RecipeError, match="Did you mean|Here it is called|Allowed"):
+            Recipe.from_dict(_with(tuple(f"{place}_".split(".")), 1))
+
+
+def test_a_recipe_made_in_python_is_refused_with_a_sentence():
+    for wrong in ({}, {"model": 1}, BASE | {"lora": {"rank": 1}}, BASE | {"data": {"train": "d", "seq_length": 0}}):
+        with pytest.raises(RecipeError, match="recipe: "):
+            Recipe(**wrong)
+    with pytest.raises(RecipeError, match="Recipe.load"):
+        Recipe("recipes/tiny_lora.yaml")
+    with pytest.raises(RecipeError, match="holds list; a recipe is a mapping"):
+        Recipe.from_dict([1])
+    with pytest.raises(RecipeError, match="where: 1: unknown key"):
+        Recipe.from_dict({1: 2}, "where")
+    assert Recipe(**BASE) == Recipe.from_dict(BASE)
+
+
+def test_train_takes_a_path_or_a_recipe(tmp_path):
+    from glm45_tune import train
+
+    with pytest.raises(RecipeError, match="nothing.yaml: no such recipe"):
+        train(str(tmp_path / "nothing.yaml"))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(BASE | {"train": {"epochs": 1, "num_epochs": 2}}))
+    with pytest.raises(RecipeError, match="Here it is called train.epochs"):
+        train(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="and dict came"):
+        train(BASE)

@@ -4,7 +4,6 @@ Imported late: both compile for the card when they are first called.
 """
 
 import functools
-import warnings
 
 import torch
 
@@ -16,7 +15,6 @@ def has_flash_attention() -> bool:
         import flash_attn.cute  # noqa: F401
     except ImportError:
         return False
-    warnings.filterwarnings("ignore", "Argument aux_data")  # the compiler, of an argument that is not used
     return True
 
 
