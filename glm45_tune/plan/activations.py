@@ -114,6 +114,13 @@ class Sizes:
         """Whether they are multiplied in FP8."""
         return self.in_fp8 and self.recipe.model.frozen_products != "bf16"
 
+    @property
+    def sends_fp8(self) -> bool:
+        """Whether rows go to other ranks' experts in FP8."""
+        return (
+            self.by_fp8 and not self.learns("mlp.experts.linear_fc1") and self.layout.expert_tensor_parallel_size == 1
+        )
+
     def rows_for(self, matrix: str, size: int) -> int:
         """Bytes of rows of `size` that this matrix is multiplied with: one a number in FP8, and theirs where an adapter wants them."""
         if not self.by_fp8:

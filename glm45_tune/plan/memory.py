@@ -185,16 +185,20 @@ class Model:
         )
 
     def _base_bytes(self, counted: Weights) -> float:
-        """The base as it is kept: of FP8 matrices a byte a weight and four a channel, and what backward wants of their transposes."""
+        """The base as it is kept: of FP8 matrices a byte a weight and four a channel, and their transposes where they are kept."""
         base, d = counted.dense + counted.expert, self.sizes.d
         if not self.sizes.in_fp8:
             return base * d
-        size = (base - counted.matrices) * d + counted.matrices + 4 * counted.channels
-        if self.sizes.by_fp8 and self.recipe.model.frozen_turned:
-            return size + counted.matrices
-        both = (*mlp(self.spec, self.layout, True), *mlp(self.spec, self.layout, False))
-        largest = max(matrix.size for matrix in (*attention(self.spec, self.layout), *both))
-        return size + largest * (1 if self.sizes.by_fp8 else d)  # one at a time, turned or cast
+        copies = 2 if self.sizes.by_fp8 and self.recipe.model.frozen_turned else 1
+        return (base - counted.matrices) * d + copies * counted.matrices + 4 * counted.channels
+
+    def _converted(self) -> float:
+        """Bytes of one FP8 matrix at a time in the form that a product wants: turned, or cast."""
+        if not self.sizes.in_fp8 or (self.sizes.by_fp8 and self.recipe.model.frozen_turned):
+            return 0.0
+        spec, layout = self.spec, self.layout
+        matrices = (*attention(spec, layout), *mlp(spec, layout, True), *mlp(spec, layout, False))
+        return max(matrix.size for matrix in matrices) * (1 if self.sizes.by_fp8 else self.sizes.d)
 
     def _wire(self, stage: int) -> float:
         """Bytes of the rows that a dispatch sends: as many again arrive."""
@@ -218,7 +222,7 @@ class Model:
             if rebuilt + working - freed > worst:
                 worst, where = rebuilt + working - freed, "layer"
             freed += kept
-        return one * self.in_flight(stage), worst, where
+        return one * self.in_flight(stage), worst + self._converted(), where
 
     def _optimizer(self, counted: Weights) -> tuple[float, float, float]:
         """(gradient buffers, optimizer state, what Adam's step holds for a moment), bytes of one rank.

@@ -248,8 +248,10 @@ def _wire_seconds(model: Model, card: Card, again: bool, gpus_per_node: int) -> 
     tensor = (10 if again else 8) * _wire(hidden, sizes.tp, sizes.tp, card, gpus_per_node)
     rows = sizes.travelling_rows * model.spec.hidden_size * sizes.d
     experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    exchange = _wire(rows, experts, experts, card, gpus_per_node) + (experts > 1) * rates.EXCHANGE_SECONDS
-    return tensor, (5 if again or sizes.again("moe") else 4) * exchange
+    wire, wait = _wire(rows, experts, experts, card, gpus_per_node), (experts > 1) * rates.EXCHANGE_SECONDS
+    dispatches = 2 if again or sizes.again("moe") else 1
+    # dispatch, combine and the ways back; dispatched rows take a byte a number where they travel in FP8
+    return tensor, (dispatches * (1 / sizes.d if sizes.sends_fp8 else 1) + 3) * wire + (dispatches + 3) * wait
 
 
 def _optimizer_seconds(model: Model, stages: list[StageMemory], card: Card, gpus_per_node: int) -> float:

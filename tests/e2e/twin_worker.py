@@ -26,6 +26,9 @@ def held(trainer: Trainer) -> dict[str, float]:
     found = {"weights": 0, "lora": 0}
     for name, parameter in trainer.module.named_parameters():
         found["lora" if ".adapter." in name else "weights"] += parameter.numel() * parameter.element_size()
+    for name, buffer in trainer.module.named_buffers():
+        if name.endswith(("weight_scale", "weight_turned")):  # of a base in FP8
+            found["weights"] += buffer.numel() * buffer.element_size()
     trained = [parameter for parameter in trainer.module.parameters() if parameter.requires_grad]
     found["gradients"] = sum(parameter.main_grad.numel() * parameter.main_grad.element_size() for parameter in trained)
     states = [state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()]
