@@ -74,7 +74,7 @@ def test_every_recipe_fits_the_cards_its_header_names(path, cli, checkpoints):
     )
 
 
-@pytest.mark.parametrize("path", BIG, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in BIG if "_1x" not in path.stem], ids=lambda path: path.stem)
 def test_one_card_too_few_is_refused_with_the_nearest_that_fits(path, cli):
     arguments = _line(path)
     count = arguments.index("--gpus") + 1
