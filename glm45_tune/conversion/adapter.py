@@ -37,12 +37,27 @@ _NOT_PLAIN = (
     ("lora_bias", lambda value: False, "its B carries a bias"),
     ("modules_to_save", lambda value: False, "these were trained whole; it is a model more than an adapter"),
     ("trainable_token_indices", lambda value: False, "it trained rows of the embedding whole"),
+    ("fan_in_fan_out", lambda value: False, "its weights are stored the other way round"),
+    (
+        "alora_invocation_tokens",
+        lambda value: False,
+        "an activated LoRA is switched on by the text, and PEFT does not merge it",
+    ),
     ("layer_replication", lambda value: False, "it belongs to a model with repeated layers"),
     (
         "init_lora_weights",
         lambda value: value is True or not re.match(r"pissa|olora|corda|loftq|lora_ga", str(value)),
         "it began by changing the base; in PEFT, save it with path_initial_model_for_weight_conversion",
     ),
+)
+# what says nothing of how the adapter is merged: where it sits shows in its tensors' names, its rank in their shapes
+_NOT_OF_THE_MERGE = set(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules exclude_modules
+    lora_alpha lora_dropout use_rslora layers_to_transform layers_pattern rank_pattern alpha_pattern target_parameters
+    megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config
+    ensure_weight_tying
+    """.split()
 )
 _STACKS = ("gate_up_proj", "down_proj")  # transformers' names of the stacked experts, in the order PEFT wraps them
 
@@ -215,6 +230,13 @@ class Merged:
         for key, plain, why in _NOT_PLAIN:
             if (value := config.get(key)) and not plain(value):
                 raise CheckpointError(f"{path}: {key} is {shown(value)}, which cannot be merged: {why}.")
+        known = _NOT_OF_THE_MERGE | {key for key, _, _ in _NOT_PLAIN}
+        for key in sorted(config.keys() - known):
+            if config[key]:  # null, false and empty are every setting's way to say that it is off
+                raise CheckpointError(
+                    f"{path}: {short(key)} is {shown(config[key])}, which is not known here, so what it does would be left out. "
+                    "Merge this adapter by PEFT."
+                )
         patterns = config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(
@@ -322,8 +344,9 @@ class Merged:
     def _scaling(self, name: str, rank: int) -> float:
         alpha = self._lora["lora_alpha"]
         for pattern, value in self._patterns.items():
-            if self._matches(pattern, name):
+            if self._matches(pattern, name):  # PEFT takes the first that matches
                 alpha = value
+                break
         return alpha / (math.sqrt(rank) if self._lora.get("use_rslora") else rank)
 
     @property

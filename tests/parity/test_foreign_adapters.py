@@ -18,6 +18,16 @@ KINDS = {
     "attention": dict(
         target_modules=["q_proj", "k_proj", "o_proj"], rank_pattern={"k_proj": 5}, alpha_pattern={"o_proj": 3}
     ),
+    "the narrow pattern first": dict(
+        target_modules=["q_proj", "k_proj"], alpha_pattern={"layers.0.self_attn.q_proj": 32, "q_proj": 2, ".*k_proj": 5}
+    ),
+    "the wide pattern first": dict(
+        target_modules=["q_proj", "k_proj"], alpha_pattern={"[qk]_proj": 2, "layers.0.self_attn.q_proj": 32}
+    ),
+    "patterns that almost match": dict(
+        target_modules=["q_proj", "o_proj"],
+        alpha_pattern={"proj": 9, "self_attn": 9, r"layers\.[01]\..*o_proj": 4, "o_proj": 3},
+    ),
     "experts": dict(target_modules=["v_proj"], target_parameters=EXPERTS),
     "experts-reversed": dict(target_modules=["v_proj"], target_parameters=EXPERTS[::-1], use_rslora=True),
     "down-alone": dict(target_modules=["q_proj"], target_parameters=EXPERTS[1:]),
@@ -79,6 +89,11 @@ def test_gate_and_up_of_an_expert_with_different_A(checkpoints, tmp_path):
 
 
 REFUSED = {
+    "an activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "switched on by the text"),
+    "turned weights": ({"fan_in_fan_out": True}, "the other way round"),
+    "blocks": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    "Q-A-LoRA": ({"use_qalora": True}, "use_qalora"),
+    "a setting of tomorrow": ({"made_up_tomorrow": 0.5}, "made_up_tomorrow"),
     "dora": ({"use_dora": True}, "DoRA"),
     "bias": ({"bias": "lora_only"}, "trained biases"),
     "whole modules": ({"modules_to_save": ["lm_head"]}, "trained whole"),
