@@ -31,14 +31,16 @@ _FAULT_BYTES = 1 << 16
 _SHOWN = 300
 
 
+Kind = Literal["unreachable", "hung", "cut", "bad answer"]
+
+
 class WebError(Exception):
     """A server that could not be asked, or that did not answer as it must."""
 
-    def __init__(
-        self, kind: Literal["unreachable", "hung", "cut", "bad answer"], message: str, status: int | None = None
-    ):
+    def __init__(self, kind: Kind, message: str, status: int | None = None):
         super().__init__(message)
-        self.kind, self.status = kind, status
+        self.kind: Kind = kind
+        self.status = status
 
 
 class Client:

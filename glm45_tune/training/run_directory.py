@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from glm45_tune.conversion.tensors import HfReader, fingerprint
@@ -84,7 +84,7 @@ def check_same(recipe: Recipe, now: dict) -> None:
     )
 
 
-def _changes(before: dict, now: dict) -> dict[str, str]:
+def _changes(before: Mapping, now: Mapping) -> dict[str, str]:
     """What changed → a few words on it."""
     found = {}
     if before["fingerprint"] != now["fingerprint"]:

@@ -71,6 +71,7 @@ def _recompute_line(job: Job) -> str:
 
 def _memory_line(job: Job) -> str:
     worst = planner.plan(job.source.spec, job.recipe, job.layout, hardware(job)).worst
+    assert job.card, "the ranks have not joined"
     return (
         f"{worst.needed / GIB:.1f} GiB planned of {job.card.memory_gib:.0f} free: weights {(worst.weights + worst.lora) / GIB:.1f}, gradients "
         f"{worst.gradients / GIB:.1f}, optimizer {worst.optimizer / GIB:.1f}, activations {(worst.activations + worst.working) / GIB:.1f}"
