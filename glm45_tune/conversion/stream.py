@@ -58,11 +58,11 @@ def convert(
     merging. mtp: False leaves the MTP layers out. how: verify, workers, allow_nonfinite, tick of `to_hf`. Returns what was read.
     """
     source: HfReader = open_model(model)
-    if not mtp:
-        source = WithoutMtp(source)
     if adapter is not None:
         inside_run = Path(adapter) / "adapter"
         source = Merged(source, inside_run if inside_run.is_dir() else adapter)
+    if not mtp:  # last: an adapter knows its base by what that holds
+        source = WithoutMtp(source)
     if to == "mcore":
         to_mcore(source, output, dialect, **how)
     else:

@@ -133,3 +133,12 @@ def test_a_key_that_nobody_reads_is_named_once(checkpoints, tmp_path, cli):
     code, _, err = cli("convert", "--to-mcore", "--model", source, "--output", tmp_path / "mcore")
     assert code == 0 and err.count("attention_sinks is not used here") == 1
     assert "use_cache" not in err and "dtype" not in err
+
+
+def test_an_adapter_is_merged_and_mtp_left_out(checkpoints, lora_run, tmp_path):
+    """Its base is the whole model; what is written is that without MTP, the adapter merged."""
+    convert(checkpoints["air"], tmp_path / "whole", "hf", adapter=lora_run, workers=1)
+    convert(checkpoints["air"], tmp_path / "without", "hf", adapter=lora_run, mtp=False, workers=1)
+    whole, without = open_model(tmp_path / "whole"), open_model(tmp_path / "without")
+    assert without.spec.mtp_num_layers == 0 and 0 < len(without.names) < len(whole.names)
+    assert all(torch.equal(without.read(name), whole.read(name)) for name in without.names)
