@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from glm45_tune.documents import parse_yaml
 from glm45_tune.errors import RecipeError
 
 HIDDEN = "***"
@@ -83,7 +84,7 @@ def _is_secret_name(name: object) -> bool:
 def redacted_yaml(text: str) -> str:
     """A recipe's file as it may be shown; one that is not YAML is searched as a text."""
     try:
-        document = yaml.safe_load(text)
+        document = parse_yaml(text)
         hidden = redacted(document)
     except (yaml.YAMLError, ValueError, RecursionError):
         return redacted_text(text)

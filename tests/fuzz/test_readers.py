@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-READERS = ("hf", "torch_dist", "values", "adapter", "recipe", "facts", "rows")
+READERS = ("hf", "torch_dist", "values", "adapter", "recipe", "facts", "rows", "run")
 
 
 def test_a_damaged_file_is_read_or_is_a_sentence():
