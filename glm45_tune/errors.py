@@ -32,9 +32,10 @@ class CheckpointError(UserError):
 
 
 class DataError(UserError):
-    """Training data that cannot be used; names file and line. `field`: which field of the row, where one is at fault; `place`: file
+    """Training data that cannot be used; the message names file and line.
 
-    and line of what no row can be made of.
+    `field`: which field of the row is at fault, if one is. `place`: file and line of what no row
+    can be made of.
     """
 
     def __init__(self, message: str, field: str | None = None, place: tuple[str, int] | None = None):

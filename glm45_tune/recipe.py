@@ -157,9 +157,9 @@ class LoraConfig(Section):
         return list(LINEARS) if ALL_LINEAR in names else names
 
     def targets_of(self, module: str) -> list[str]:
-        """What is targeted of a megatron linear (`decoder.layers.0.self_attention.linear_qkv`): [its own name], or some of
+        """Return what is targeted of a megatron linear (`decoder.layers.0.self_attention.linear_qkv`).
 
-        its HF projections, or nothing.
+        That is [its own name], or some of its HF projections, or nothing.
         """
         front, _, kind = module.rpartition(".")
         fused = [name for name in (kind, *LINEARS[kind]) if any(_ends(f"{front}.{name}", t) for t in self.targets)]

@@ -33,9 +33,9 @@ def environment(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings filters and loggers' levels are afterwards as before; meanwhile megatron says nothing of itself or of what
+    """Put warnings filters and loggers' levels back at the end.
 
-    is not installed.
+    Meanwhile megatron says nothing of itself or of what is not installed.
     """
     loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]

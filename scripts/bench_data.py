@@ -1,4 +1,6 @@
-"""How fast data becomes samples, and how full rows become. Run on a CPU: python scripts/bench_data.py [--rows 100000]
+"""How fast data becomes samples, and how full rows become.
+
+Run on a CPU: python scripts/bench_data.py [--rows 100000]
 
 Prints ratios of things timed side by side, and the seconds of this machine beside them.
 --memory ROWS: memory that building and reading so many rows takes, instead. --swift PYTHON: side by side with ms-swift, whose

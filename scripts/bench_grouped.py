@@ -1,4 +1,4 @@
-"""Milliseconds of every grouped product of an expert layer and its LoRA pairs on one GPU, by torch, as this project runs it, by other tiles:
+"""Milliseconds of every grouped product of an expert layer and its LoRA pairs on one GPU, by torch, as this project runs it, by other tiles.
 
     python scripts/bench_grouped.py [--experts 128] [--rows 65536] [-r 32] [--only fc1 …] [--tiles]
 

@@ -1,4 +1,4 @@
-"""Memory and step time that `plan` predicts, against the allocator's peak and the clock. One NVIDIA card, or two for a few more:
+"""Memory and step time that `plan` predicts, against the allocator's peak and the clock. One NVIDIA card, or two for a few more.
 
     python scripts/bench_memory.py [--output FILE.json] [--only NAME …] [--dry [CARD]]
 

@@ -1,4 +1,6 @@
-"""What saving in the background costs the step beside it. Run on a CPU: python scripts/bench_saving.py [--directory DIR] [--batch 4]
+"""What saving in the background costs the step beside it.
+
+Run on a CPU: python scripts/bench_saving.py [--directory DIR] [--batch 4]
 
 Full fine-tuning of a few layers. The same step, of the same rows, is timed again and again: right after a save has begun, and with
 nothing beside it, by turns. As a control the first half of the steps with nothing beside them stands against the second, turn by turn.

@@ -1,4 +1,4 @@
-"""Milliseconds of one GLM-4.5-Air MoE layer, forward + backward, ours and its peers in turns on one GPU:
+"""Milliseconds of one GLM-4.5-Air MoE layer, forward + backward, ours and its peers in turns on one GPU.
 
     python scripts/bench_step.py [--tokens 8192] [--peers transformers,te] [--profile] [--full]
 

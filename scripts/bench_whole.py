@@ -1,4 +1,4 @@
-"""Tokens per second of the whole GLM-4.5-Air under LoRA, optimizer included, random weights made on the GPUs:
+"""Tokens per second of the whole GLM-4.5-Air under LoRA, optimizer included, random weights made on the GPUs.
 
     torchrun --nproc-per-node 2 scripts/bench_whole.py [--row packed|one] [--tokens 8192] [--recompute-layers 26] [-r 32]
 
@@ -91,9 +91,10 @@ def row_of(tokens: int, packed: bool, vocab_size: int, seed: int, trained: float
 
 
 def teraflop(spec, batch: Batch, full: bool) -> float:
-    """Of a row, forward and backward: 4 (all weights trained: 6) · active parameters · tokens (the head's: those that count), and causal
+    """FLOP of a row, forward and backward; recompute is not counted.
 
-    attention at 3.5 times its forward. Recompute is not counted.
+    4 (all weights trained: 6) · active parameters · tokens (the head's: those that count), and causal attention at 3.5
+    times its forward.
     """
     bounds = batch.bounds
     head = spec.num_attention_heads * spec.kv_channels

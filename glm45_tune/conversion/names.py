@@ -31,9 +31,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One megatron tensor. Its dim 0 is `pieces` end to end, each (index of part, first row, last row + 1);
+    """One megatron tensor.
 
-    where `num_experts` is set, the tensor stacks that many such experts in a new dim 0.
+    Its dim 0 is `pieces` end to end, each (index of part, first row, last row + 1). Where
+    `num_experts` is set, the tensor stacks that many such experts in a new dim 0.
     """
 
     hybrid: str

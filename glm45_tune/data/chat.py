@@ -97,9 +97,10 @@ class ChatRenderer:
         self._given, self._empty_think = self._prompted(), self._prompted(enable_thinking=False)
 
     def _prompted(self, **options) -> list[int]:
-        """What the template puts behind `<|assistant|>` in a generation prompt: nothing in 4.5 by default, and
+        """Return what the template puts behind `<|assistant|>` in a generation prompt, as token ids.
 
-        "\n<think></think>" when thinking is off; "</think>" then in 4.7.
+        That is nothing in 4.5 by default, and "\n<think></think>" when thinking is off; in 4.7 it
+        is "</think>" then.
         """
         question = [{"role": "user", "content": "?"}]
         if not self.tokenizer.chat_template:
@@ -267,9 +268,10 @@ class ChatRenderer:
     def _turns(
         self, ids: list[int], messages: list[dict], tools: list | None, follows: str | None
     ) -> tuple[list, list, list]:
-        """Of a conversation's ids: the places of its role tokens, the number of the message that each opens (-1: the tools), and
+        """Find the turns of a conversation's ids: (places of role tokens, numbers of their messages, roles).
 
-        the roles. follows: whose token stands at the end, behind all messages.
+        The number is that of the message which the token opens, -1 for the tools. follows: whose
+        token stands at the end, behind all messages.
         """
         starts = np.flatnonzero(self._is_control[ids]).tolist()
         if ids[: len(FRONT)] == self._front:

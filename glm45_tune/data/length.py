@@ -8,9 +8,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A rendered conversation: ids int32 [n], mask float32 [n]. `head` tokens come first and belong to every piece ([gMASK]<sop>, tools, system);
+    """A rendered conversation: ids int32 [n], mask float32 [n].
 
-    `turns` are the places where a new user turn begins, the first right behind the head.
+    `head` tokens come first and belong to every piece ([gMASK]<sop>, tools, system). `turns` are
+    the places where a new user turn begins, the first right behind the head.
     """
 
     ids: np.ndarray
@@ -36,9 +37,10 @@ def why_left_out(length: int, head: int, limit: int, policy: str) -> str:
 
 
 def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
-    """Pieces of at most `limit` tokens. policy "truncate" leaves out the oldest turns, then what is too long at the end;
+    """Cut a conversation into pieces of at most `limit` tokens.
 
-    "split" makes as many pieces as are needed, each with the head; "drop" gives none.
+    policy "truncate" leaves out the oldest turns, then what is too long at the end; "split" makes
+    as many pieces as are needed, each with the head; "drop" gives none.
     """
     if len(tokens.ids) <= limit:
         return [tokens]
@@ -54,9 +56,10 @@ def fit(tokens: Tokens, limit: int, policy: str) -> list[Tokens]:
 
 
 def cut(tokens: Tokens, first: int, last: int) -> Tokens:
-    """The head and the tokens [first, last). The role token that begins a turn is trained for the answer before it, which
+    """Return the head and the tokens [first, last).
 
-    is not there.
+    The role token that begins a turn is trained for the answer before it. That answer is not there,
+    so the token is not trained.
     """
     ids, mask = (np.concatenate((x[: tokens.head], x[first:last])) for x in (tokens.ids, tokens.mask))
     if tokens.head < first < last and first in tokens.turns:

@@ -10,9 +10,10 @@ from glm45_tune.errors import DataError
 
 
 class PromptRenderer(ChatRenderer):
-    """Renders prompts; each row gives one sample whose input_ids end where the answer begins, whose loss_mask is all zeros,
+    """Renders prompts of RL, one sample a row.
 
-    and whose `row` is the row as it was read, every column kept.
+    Its input_ids end where the answer begins, its loss_mask is all zeros, and its `row` is the row
+    as it was read, every column kept.
     """
 
     kind = "rl"

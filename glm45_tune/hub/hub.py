@@ -181,9 +181,9 @@ class RemoteFile:
 
 
 class Hub(Protocol):
-    """A model repository on a hub, through the hub's own client. Every method raises Fault and nothing else, and has tried
+    """A model repository on a hub, through the hub's own client.
 
-    for a while when it says BROKEN.
+    Every method raises Fault and nothing else, and has tried for a while when it says BROKEN.
     """
 
     title: str

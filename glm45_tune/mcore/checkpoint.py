@@ -293,10 +293,11 @@ def _state(trainer: Trainer, is_loading: bool) -> dict:
 
 @contextlib.contextmanager
 def _buckets_end_to_end(optimizers: Iterable[DistributedOptimizer]) -> Iterator[None]:
-    """DistributedOptimizer collects its buckets without the padding between them, and then looks for each parameter where it lies
+    """Let parameters lie, meanwhile, where DistributedOptimizer looks for them when it saves.
 
-    with the padding: of an embedding that MTP shares, which has a bucket of its own, it would save something else. So, meanwhile,
-    parameters lie where it looks.
+    It collects its buckets without the padding between them, and then looks for each parameter
+    where it lies with the padding. Of an embedding that MTP shares, which has a bucket of its own,
+    it would save something else.
     """
     kept = [(buffer, buffer.param_index_map) for optimizer in optimizers for buffer in optimizer.buffers]
     try:

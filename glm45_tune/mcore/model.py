@@ -204,9 +204,10 @@ def layer_specs(options: ModelOptions) -> ModuleSpec:
 
 
 class GLM45Model(HybridModel):
-    """One pipeline stage of the model (vp_stage: or one of its virtual stages). Input is one packed row, or this context rank's
+    """One pipeline stage of the model, or with vp_stage one of its virtual stages.
 
-    part of it; the last stage returns losses or logits.
+    Input is one packed row, or this context rank's part of it; the last stage returns losses or
+    logits.
     """
 
     def __init__(
@@ -239,12 +240,14 @@ class GLM45Model(HybridModel):
         cache=None,
         counted: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """tokens, positions: int64 [T]; bounds: document edges; labels: int64 [1 + MTP layers, T], what each should predict;
+        """Run a packed row: tokens, positions int64 [T]; bounds: document edges.
 
-        num_padding: tokens at the end that are no data; share: this context rank's part of the row (see `data/batch.py`); cache:
-        of a model that writes, what stands before the tokens (`mcore/generate.py`); counted: see `Batch.counted`.
-        Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP layers, T], 0 where none is counted. Without
-        labels: the logits [T, words of this tensor rank]. Other stages: hidden states for the next one.
+        labels: int64 [1 + MTP layers, T], what each should predict; num_padding: tokens at the end
+        that are no data; share: this context rank's part of the row (see `data/batch.py`); cache:
+        of a model that writes, what stands before the tokens (`mcore/generate.py`); counted: see
+        `Batch.counted`. Last stage with labels: fp32 cross entropy of every prediction, [1 + MTP
+        layers, T], 0 where none is counted. Without labels: the logits [T, words of this tensor
+        rank]. Other stages: hidden states for the next one.
         """
         rotary = rotary_table(positions, self.spec.kv_channels, self.spec.rotary_percent, self.spec.rotary_base)
         row = PackedRow(bounds, tokens.device, share, labels, cache)

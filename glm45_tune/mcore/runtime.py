@@ -95,10 +95,11 @@ def start(layout: Layout, seed: int = 1234, deterministic: bool = False, timeout
 
 
 def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of the job's store that no earlier attempt wrote to, the same on every rank. torchrun keeps one store over its restarts,
+    """Return a part of the job's store that no earlier attempt wrote to, the same on every rank.
 
-    and with it the addresses of ranks that are dead; which attempt this is, its hosts count differently. So every rank leaves a
-    token, and the first one says which tokens it sees, anew until all have answered to the same. Raises TimeoutError.
+    torchrun keeps one store over its restarts, and with it the addresses of ranks that are dead;
+    its hosts count attempts differently. So every rank leaves a token, and the first one says which
+    tokens it sees, anew until all have answered to the same. Raises TimeoutError.
     """
     mine, attempt, last = uuid.uuid4().hex, "", time.monotonic() + store.timeout.total_seconds()
     store.set(f"token/{rank}", mine)
@@ -126,9 +127,10 @@ def _close_groups() -> None:
 
 @contextlib.contextmanager
 def _one_group_for_the_same_ranks():
-    """megatron makes a group for each of its purposes; here those of the same ranks are one, the job's own among them. Over NCCL
+    """Make groups of the same ranks one, the job's own among them.
 
-    each that speaks takes memory of the card.
+    megatron makes a group for each of its purposes, and over NCCL each that communicates takes
+    memory of the GPU.
     """
     create = dist.new_group
     made = {(tuple(range(dist.get_world_size())), None): dist.group.WORLD}
@@ -147,9 +149,10 @@ def _one_group_for_the_same_ranks():
 
 
 def _open_groups() -> None:
-    """Speak once in every group. NCCL takes device memory of its own when a group first speaks, which is too late in the middle
+    """Communicate once in every group, in the same order on every rank.
 
-    of a step that has filled the card. In the same order on every rank: two that speak first in different groups wait for ever.
+    NCCL takes memory of the GPU when a group first communicates, which is too late in the middle of
+    a step that has filled it. Two ranks that begin with different groups would wait for ever.
     """
     spoken = torch.zeros(1, device=device())
     experts = parallel_state.get_expert_model_parallel_group()

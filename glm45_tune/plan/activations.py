@@ -52,24 +52,24 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """T"""
+        """T: the tokens of this rank's micro batch."""
         return -(-self.recipe.train.micro_batch_size * self.recipe.data.seq_length // self.cp)
 
     @property
     def cut_tokens(self) -> int:
-        """S"""
+        """S: those that a tensor rank holds between its linears."""
         return -(-self.tokens // self.tp)
 
     @property
     def expert_rows(self) -> int:
-        """N"""
+        """N: the rows of this rank's experts, a token once for each choice."""
         return self.cut_tokens * self.spec.moe_router_topk * self.layout.expert_tensor_parallel_size
 
     @property
     def travelling_rows(self) -> int:
-        """R, the rows that come to a rank's experts from all ranks: a token once, however many of its choices (taken for random)
+        """R, the rows that come to a rank's experts from all ranks.
 
-        are there.
+        A token comes once, however many of its choices (taken for random) are there.
         """
         ranks = self.layout.expert_model_parallel_size
         each = ranks * (1 - (1 - 1 / ranks) ** self.spec.moe_router_topk)
@@ -77,7 +77,7 @@ class Sizes:
 
     @property
     def expert_width(self) -> int:
-        """F"""
+        """F: the width of an expert on this rank."""
         return self.spec.moe_ffn_hidden_size // self.layout.expert_tensor_parallel_size
 
     @property

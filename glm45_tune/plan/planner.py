@@ -64,9 +64,10 @@ def plan(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
 
 
 def with_recompute(spec: ModelSpec, recipe: Recipe, layout: Layout, stage: int, hardware: Hardware) -> Recipe:
-    """The recipe as the ranks of a stage run it: recompute `auto` is what `plan` says of this hardware, or all layers where even that
+    """Return the recipe as the ranks of a stage run it.
 
-    is too little by its count.
+    Recompute `auto` is what `plan` says of this hardware, or all layers where even that is too
+    little by its count.
     """
     if recipe.train.recompute_granularity != "auto":
         return recipe
@@ -106,9 +107,10 @@ def auto(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) ->
 
 
 def _fastest(spec: ModelSpec, recipe: Recipe, layout: Layout, hardware: Hardware) -> tuple[Plan, list[int]] | None:
-    """As few first layers as fit; of the others what the recipe names, or else nothing, their attention or their experts, whichever
+    """Recompute as few first layers as fit; None: nothing fits.
 
-    makes the fastest step. None: nothing fits.
+    Of the others what the recipe names, or else nothing, their attention or their experts,
+    whichever makes the fastest step.
     """
     free, best, named = hardware.card.memory_gib * GIB, None, recipe.train.recompute_modules
     for modules in ([], ["attention"], ["moe"]) if named is None else (named,):

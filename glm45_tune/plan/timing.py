@@ -194,9 +194,10 @@ def _head_work(model: Model) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOP of training, whatever is recomputed: of every token's layers, of its predictions (where they count, else no head runs), and
+    """FLOP of training, whatever is recomputed.
 
-    of every square of a document's length.
+    Of every token's layers, of its predictions (where they count, else no head runs), and of every
+    square of a document's length.
     """
 
     per_token: float

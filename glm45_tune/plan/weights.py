@@ -63,9 +63,9 @@ def adapter_size(matrix: Matrix, lora: LoraConfig | None, spec: ModelSpec) -> in
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Counts of one rank: base weights and adapters, each outside (dense) and inside the routed experts. Of the base: those in the
+    """Counts of one rank: base weights and adapters, each outside (dense) and inside the routed experts.
 
-    layers' matrices, and these matrices' output channels.
+    Of the base also those in the layers' matrices, and these matrices' output channels.
     """
 
     dense: int = 0

@@ -10,9 +10,11 @@ _SMALL = 1e-4
 
 
 def advantages(rewards: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:
-    """float64 [N]. kind `group`: (r − mean) / (deviation + 1e-4), the deviation of a sample (arXiv:2402.03300); `centred`: r − mean
+    """Return the advantage of each answer, float64 [N].
 
-    (arXiv:2503.20783); `leave_one_out`: r − mean of the group's other rewards (arXiv:2402.14740). A group of one gives 0.
+    kind `group`: (r − mean) / (deviation + 1e-4), the deviation of a sample (arXiv:2402.03300);
+    `centred`: r − mean (arXiv:2503.20783); `leave_one_out`: r − mean of the group's other rewards
+    (arXiv:2402.14740). A group of one gives 0.
     """
     found = np.zeros(len(rewards))
     for group in np.unique(groups):
@@ -38,9 +40,9 @@ def equal_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def overlong_penalties(lengths: np.ndarray, longest: int, buffer: int, penalty: float) -> np.ndarray:
-    """What an answer's length takes off its reward (arXiv:2503.14476, 3.4): nothing up to longest − buffer tokens, then rising to
+    """Return what an answer's length takes off its reward (arXiv:2503.14476, 3.4), float64 [N], none positive.
 
-    `penalty` at `longest`. float64 [N], none positive.
+    Nothing up to longest − buffer tokens, then rising to `penalty` at `longest`.
     """
     if not buffer:
         return np.zeros(len(lengths))

@@ -23,9 +23,9 @@ _ALL_WORDS = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class Vllm:
-    """vLLM's token-in-token-out endpoint, which wants --enable-scale-out. Log-probabilities are at the sampling temperature with
+    """vLLM's token-in-token-out endpoint, which wants --enable-scale-out.
 
-    --logprobs-mode processed_logprobs.
+    Log-probabilities are at the sampling temperature with --logprobs-mode processed_logprobs.
     """
 
     health = "/health"

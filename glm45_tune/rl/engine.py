@@ -18,10 +18,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids: what was written, the token that stopped it included; logprobs: the engine's, of each; finish: a stop token, the
+    """What an engine wrote to one request.
 
-    limit, aborted by the engine, or broken off by us, to be gone on with; version: of the weights that wrote it; experts int16
-    [tokens of request and answer but the last, MoE layers, K], −1 where unknown, or None.
+    token_ids: what was written, the token that stopped it included; logprobs: the engine's, of
+    each; finish: a stop token, the limit, aborted by the engine, or broken off by us, to be gone on
+    with; version: of the weights that wrote it; experts int16 [tokens of request and answer but the
+    last, MoE layers, K], −1 where unknown, or None.
     """
 
     token_ids: list[int]

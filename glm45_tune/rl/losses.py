@@ -81,9 +81,10 @@ def importance_weights(
     old: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, sequence: torch.Tensor, count: int, kind: str, cap: float,
     across: Across = _whole,
 ) -> torch.Tensor:  # fmt: skip
-    """min(trainer's / engine's probability, cap), [T], of each token or of its whole sequence: what corrects for an engine whose
+    """Return min(trainer's / engine's probability, cap), [T], of each token or of its whole sequence.
 
-    probabilities differ from the trainer's. old, engine: log-probabilities [T] without gradient.
+    It corrects for an engine whose probabilities differ from the trainer's. old, engine:
+    log-probabilities [T] without gradient.
     """
     gap = torch.where(mask, old - engine, 0.0)
     if kind == "none":

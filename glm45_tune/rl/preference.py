@@ -10,9 +10,10 @@ import torch.nn.functional as F
 def pair_losses(
     chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, kind: str, beta: float
 ) -> torch.Tensor:  # fmt: skip
-    """[P]. `sigmoid`: −log σ(beta · h), `ipo`: (h − 1 / (2 beta))², h being by how much more than the reference the policy
+    """Return the loss of each pair, [P].
 
-    prefers the chosen answer.
+    `sigmoid`: −log σ(beta · h); `ipo`: (h − 1 / (2 beta))²; h is by how much more than the
+    reference the policy prefers the chosen answer.
     """
     preferred = (chosen - rejected) - (ref_chosen - ref_rejected)
     if kind == "ipo":

@@ -186,9 +186,10 @@ def _fault_of_schema(schema: object) -> str | None:
 
 @dataclass
 class Scores:
-    """Of N answers. rewards float64 [N]: the weighted sums, NaN where a part is missing; parts: each function's own values;
+    """The rewards of N answers.
 
-    errors: how often which function failed in what way; messages: the first of each.
+    rewards float64 [N]: the weighted sums, NaN where a part is missing; parts: each function's own
+    values; errors: how often which function failed in what way; messages: the first of each.
     """
 
     rewards: np.ndarray

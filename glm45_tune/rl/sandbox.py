@@ -50,9 +50,9 @@ class Child:
     """
 
     def __init__(self, function: str, order: dict, env: dict[str, str], cwd: str, is_told: Callable[[], bool]):
-        """order: what it is told first. is_told: was this process told to stop?
+        """Start the command; order: what it is told first.
 
-        Then waiting raises ToldToStop.
+        is_told: says whether this process was told to stop. Then waiting raises ToldToStop.
         """
         self._function, self._is_told = function, is_told
         options = order.get("options", {})

@@ -57,9 +57,9 @@ class Servers:
         spec: ModelSpec | None = None,
         is_told: Callable[[], bool] = lambda: False,
     ):
-        """spec: of the model, by which answers are checked. is_told: was this process told to stop?
+        """Find or start the servers; spec: of the model, by which answers are checked.
 
-        Then `generate` raises.
+        is_told: says whether this process was told to stop. Then `generate` raises.
         """
         self._config, self._dialect = config, DIALECTS[config.kind]
         self._temperature, self._stop_ids, self._log, self._spec = temperature, stop_ids, log, spec

@@ -40,9 +40,10 @@ class Method(Protocol):
         """Optimizer step number `step`, from 0. Returns its metrics: at least those of `sft.common_metrics`, and `train/tokens`."""
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of what is held out; nothing when nothing is. The best checkpoint has the lowest `eval/loss`, or where there
+        """Return metrics of what is held out; nothing when nothing is.
 
-        is none the highest `eval/reward_mean`.
+        The best checkpoint has the lowest `eval/loss`, or where there is none the highest
+        `eval/reward_mean`.
         """
 
     @property

@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite, or whose answers all lack a reward: left out, counted, and too many in a row end the
+"""Steps without a finite loss or gradient, or without a rewarded answer, are left out and counted.
 
-run, with the batch to look at.
+Too many in a row end the run, with the batch to look at.
 """
 
 import json

@@ -141,10 +141,11 @@ class Preference:
         return [replace(batch, along={"reference": values}) for batch, values in zip(plain, found)]
 
     def _divergence(self, members: list[Sample]) -> float:
-        """KTO's reference point z0 (arXiv:2402.01306, 4.1): the mean, over the step's answers each put behind the prompt before it,
+        """Return KTO's reference point z0 (arXiv:2402.01306, 4.1), without gradient and at least 0.
 
-        of log policy / reference, at least 0 and without gradient. It estimates KL(policy ‖ reference) with answers to other
-        prompts; a step of one pair (one answer) has none to put there, and 0.
+        Each prompt is paired with the next sample's answer, and log(policy / reference) is averaged
+        over the step. It estimates KL(policy ‖ reference) with answers to other prompts. A step of
+        one pair (one answer) has none to pair, and 0.
         """
         if self._options.loss != "kto" or len(members) < 2 * self.together:
             return 0.0
@@ -171,9 +172,10 @@ class Preference:
         return gaps.sum(), {"log_ratio": gaps.sum() * self._trainer.reports_row}
 
     def _precomputed(self) -> dict[tuple[str, int], np.ndarray]:
-        """(file, line) of a pair → float32 [2], the log-probabilities of its answers before the first step: measured once, kept
+        """(file, line) of a pair → float32 [2], the log-probabilities of its answers before the first step.
 
-        with the run, and measured again where the data is not the same. The trainer holds no checkpoint yet.
+        They are measured once, kept with the run, and measured again where the data is not the
+        same. The trainer holds no checkpoint yet.
         """
         job, path = self._job, self._job.run / REFERENCE_FILE
         sides = {"train": (job.train.samples, job.train_rows), "held_out": (job.held_out.samples, job.eval_rows)}

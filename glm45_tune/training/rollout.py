@@ -78,9 +78,10 @@ class Rollout:
 
 
 class Prompts:
-    """The order of prompts over a whole run, a function of the seed: each epoch is shuffled anew. `taken`, and `again`, the numbers
+    """The order of prompts over a whole run, a function of the seed: each epoch is shuffled anew.
 
-    of those that were taken and are to be taken once more, are all that resume needs.
+    `taken`, and `again`, the numbers of those that were taken and are to be taken once more, are
+    all that resume needs.
     """
 
     def __init__(self, job: Job):

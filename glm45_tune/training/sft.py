@@ -114,9 +114,9 @@ def batches(
 def _channel_losses(
     result: StepResult, members: list[Sample], channels: list[str], files: set[str]
 ) -> dict[str, float]:
-    """`loss/NAME` of every channel: the mean over its trained tokens of this step. NAME is the rows' own or the file's,
+    """Return `loss/NAME` of every channel: the mean over its trained tokens of this step.
 
-    which is its whole path where two files have one name.
+    NAME is the rows' own or the file's, which is its whole path where two files have one name.
     """
     found = {}
     names = [Path(file).name for file in files]

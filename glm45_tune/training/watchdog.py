@@ -1,6 +1,7 @@
-"""Who hangs, and where. A thread beside each rank tells the others where the rank is; when one stands still for too long, the
+"""Who hangs, and where.
 
-first rank that can still speak says which one it was, and all of them end.
+A thread beside each rank tells the others where the rank is. When one does not move for too long,
+the first rank that can still communicate says which one it was, and all of them end.
 """
 
 import json

@@ -20,9 +20,9 @@ from glm45_tune.mcore.layers.rows import Plan, at, spread, sum_rows
 
 
 def _add_lora(output, x, lora_A, lora_B, scaling, dropout, edges):
-    """Add the pair's product to output [N, B] in place, unless it is None. → what its gradient needs: the narrow product and the
+    """Add the pair's product to output [N, B] in place, unless it is None.
 
-    dropout's mask.
+    Returns what its gradient needs: the narrow product and the dropout's mask.
     """
     mask = None
     if dropout:
@@ -40,9 +40,10 @@ def _dropped(x, mask, dropout):
 
 
 def _lora_backward(gradient, x_out, kept, lora_A, lora_B, scaling, dropout, edges):
-    """gradient [N, B] of the linear's output; adds the pair's part to x_out [N, A], that of its input. → gradients of the narrow product
+    """Take the pair's gradients from gradient [N, B] of the linear's output.
 
-    and of lora_B.
+    Adds the pair's part to x_out [N, A], that of its input. Returns the gradients of the narrow
+    product and of lora_B.
     """
     narrow, mask = kept
     narrow_out = grouped_mm(gradient, lora_B, edges).mul_(scaling)
@@ -63,11 +64,13 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, probs, fc1, fc2, A1, B1, A2, B2, shared, plan: Plan, weights, adapters, unread: bool, arrived):
-        """x [T, hidden]; probs fp32 [T, K]; fc1 [E, 2F, hidden] and fc2 [E, hidden, F], where they are trained; A1, B1, A2, B2: LoRA
+        """Return [T, hidden] of x [T, hidden] and probs fp32 [T, K].
 
-        factors or None ([E, r, in], [E, out, r]); shared: [T, hidden] to add, or None; weights: fc1 and fc2 as `weight.of` gives
-        them; adapters: (scaling, dropout) of each. Returns [T, hidden]; unread: zeros, see `recompute.py`. arrived: x in FP8, and
-        x itself then nothing but its shape; or None.
+        fc1 [E, 2F, hidden] and fc2 [E, hidden, F], where they are trained; A1, B1, A2, B2: LoRA
+        factors ([E, r, in], [E, out, r]) or None; shared: [T, hidden] to add, or None; weights: fc1
+        and fc2 as `weight.of` gives them; adapters: (scaling, dropout) of each. unread: zeros are
+        returned, see `recompute.py`. arrived: x in FP8, and x itself then nothing but its shape; or
+        None.
         """
         first, second = weights
         kept, rows = first.spread(x if arrived is None else arrived, plan, keep=A1 is not None)
@@ -122,9 +125,10 @@ class Experts(torch.autograd.Function):
 
 
 def mark_expert_parameter(parameter: torch.nn.Parameter, cut_dim: int | None) -> None:
-    """Tell megatron how an expert parameter is spread: its gradient is reduced over expert-data ranks only, and in the
+    """Tell megatron how an expert parameter is spread over ranks.
 
-    gradient norm every expert tensor rank counts where dim `cut_dim` is cut over them, else the first one.
+    Its gradient is reduced over expert-data ranks only. In the gradient norm every expert tensor
+    rank counts where dim `cut_dim` is cut over them, else the first one.
     """
     parameter.allreduce = False
     if cut_dim is not None:

@@ -240,10 +240,11 @@ def adds_to_heads(size: int, rotary: int, r: int) -> bool:
 def split_heads(
     mixed: torch.Tensor, table: torch.Tensor, heads: int, narrow=None, lora_B=None, scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """mixed [T, G, heads + 2, D] contiguous (a group's queries, its key, its value) → rotated query [T, G · heads, D], rotated key
+    """Split and rotate the heads of mixed [T, G, heads + 2, D], a group's queries, its key and its value.
 
-    and value [T, G, D]. table: cos and sin, fp32 [2, T, 1, rotary dims]. With narrow [T, r] and lora_B [G · (heads + 2) · D, r], both
-    contiguous, of mixed + scaling · narrow · lora_Bᵀ.
+    mixed is contiguous. Returns the rotated query [T, G · heads, D], the rotated key and the value
+    [T, G, D]. table: cos and sin, fp32 [2, T, 1, rotary dims]. With narrow [T, r] and lora_B [G ·
+    (heads + 2) · D, r], both contiguous, of mixed + scaling · narrow · lora_Bᵀ.
     """
     tokens, groups, _, size = mixed.shape
     query = mixed.new_empty(tokens, groups * heads, size)

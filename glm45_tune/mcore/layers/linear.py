@@ -47,10 +47,10 @@ class _Add(torch.autograd.Function):
 
 
 class _Frozen(torch.autograd.Function):
-    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ or None); the weight and bias are frozen. Kept for the backward: x, for
+    """x [T, in] → (x · weightᵀ + bias, dropout(x) · lora_Aᵀ or None); the weight and bias are frozen.
 
-    lora_A's gradient alone. weight: as `weight.of` gives it; lora_A [r, in] or None; unread: zeros in place of the first, see
-    `recompute.py`.
+    Kept for the backward: x, for lora_A's gradient alone. weight: as `weight.of` gives it; lora_A
+    [r, in] or None; unread: zeros in place of the first, see `recompute.py`.
     """
 
     @staticmethod

@@ -170,9 +170,9 @@ class MoE(MoELayer):
         return SumRows.apply(_Arrive.apply(rows, back), shared.flatten(0, 1), toward, unread).view_as(hidden)
 
     def _sizes(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[list[int], list[int], int]:
-        """rows: int [ranks], how many go to each; counts: int [experts], choices of each → rows to and from every rank, and the
+        """Return rows to every rank, rows from every rank, and the choices among those that come, on the host.
 
-        choices among those that come, on the host.
+        rows: int [ranks], how many go to each; counts: int [experts], choices of each.
         """
         ranks, own = self.ep_group.size(), self.ep_group.rank()
         sent = torch.cat([rows, counts.view(ranks, -1).sum(1)])

@@ -20,9 +20,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 class _Gate(torch.autograd.Function):
-    """x · weightᵀ in fp32. In bf16 the tensor cores are exact enough: a product of two bf16 numbers is exact in fp32, and is
+    """x · weightᵀ in fp32.
 
-    summed in fp32, so nothing needs widening; the fp32 gradient goes through them as the sum of two bf16 numbers.
+    In bf16 the tensor cores are exact enough: a product of two bf16 numbers is exact in fp32 and
+    summed in fp32, so nothing needs widening. The fp32 gradient goes through them as the sum of two
+    bf16 numbers.
     """
 
     @staticmethod

@@ -9,10 +9,11 @@ import torch
 
 
 class Plan(NamedTuple):
-    """Where rows go. slot: int [N], the place of each sorted row in the flat [T · K] choices. place: int [T, K], the sorted row of
+    """Where rows go.
 
-    each choice, N or more where it goes nowhere. edges: int32 [E + 1], where each expert's rows begin, and the end. expert: int32
-    [N], whose each row is.
+    slot: int [N], the place of each sorted row in the flat [T · K] choices. place: int [T, K], the
+    sorted row of each choice, N or more where it goes nowhere. edges: int32 [E + 1], where each
+    expert's rows begin, and the end. expert: int32 [N], whose each row is.
     """
 
     slot: torch.Tensor

@@ -46,9 +46,11 @@ class Plain:
         return value, value
 
     def activation_gradient(self, gate_up, weights, gradient, plan: Plan, keep: bool, again: bool):
-        """gate_up [N, B], weights fp32 [N], gradient [N, B / 2] of their SwiGLU → (gate_up's gradient if it is to be kept, that of
+        """Take SwiGLU's gradients in the form that the product behind it wants.
 
-        weights, SwiGLU's value once more if asked, and gate_up's gradient as `grouped_input_gradient` wants it).
+        gate_up [N, B], weights fp32 [N], gradient [N, B / 2] of their SwiGLU → (gate_up's gradient
+        if it is to be kept, that of weights, SwiGLU's value once more if asked, and gate_up's
+        gradient as `grouped_input_gradient` wants it).
         """
         gate_up_out, weights_out, value = swiglu_backward(gate_up, weights, gradient, again)
         return gate_up_out, weights_out, value, gate_up_out
@@ -64,9 +66,11 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Fp8(Plain):
-    """A frozen weight in e4m3, multiplied in FP8. scale: fp32 [B] or [E, B]; dtype: what products give; turned: the weight
+    """A frozen weight in e4m3, multiplied in FP8.
 
-    transposed, None where it is only made when backward wants it. In the gradient of the input the channels are summed over: so their scales multiply the gradient before its rows are quantized.
+    scale: fp32 [B] or [E, B]; dtype: what products give; turned: the weight transposed, None where
+    it is only made when backward wants it. In the gradient of the input the channels are summed
+    over, so their scales multiply the gradient before its rows are quantized.
     """
 
     scale: torch.Tensor
