@@ -185,7 +185,10 @@ def coloured(sample: Sample, tokenizer, with_colour: bool = True) -> Text:
         style = TRAINED if mask[first] else CONTEXT
         style += f" {SPECIAL}" if ids[first] in special else ""
         said = visible(tokenizer.decode(ids[first:position])).replace("\n", "⏎\n")
-        text.append(f"{opens}{said}{closes}" if mask[first] else said, style)
+        if mask[first]:
+            said = (opens if not first or not mask[first - 1] else "") + said
+            said += closes if position == len(ids) or not mask[position] else ""
+        text.append(said, style)
         if mask[first] not in (0.0, 1.0):
             text.append(f"×{mask[first]:g}", "yellow")
         first = position

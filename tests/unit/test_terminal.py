@@ -50,4 +50,6 @@ def test_data_is_shown_and_not_obeyed(checkpoints, cli, tmp_path, kind):
 def test_what_is_trained_is_marked_without_colours(checkpoints, corpus):
     command = [sys.executable, "-m", "glm45_tune", "data", str(corpus), "--model", str(checkpoints["air"])]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "⟦trained⟧" in made and "<|user|>⟧" in made and "⟦<|user|>" not in made.split("samples")[0]
+    assert (
+        "⟧⟦" not in made and "⟦trained⟧" in made and "<|user|>⟧" in made and "⟦<|user|>" not in made.split("samples")[0]
+    )
