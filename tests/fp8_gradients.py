@@ -4,7 +4,7 @@ import torch
 
 from glm45_tune.conversion.fp8 import quantize_channels
 from glm45_tune.layout import Layout
-from glm45_tune.mcore import lora
+from glm45_tune.mcore import lora, runtime
 from glm45_tune.mcore.layers.fp8 import FP8
 from glm45_tune.mcore.layers.router import Replay, Router
 from glm45_tune.mcore.model import GLM45Model, ModelOptions
@@ -31,8 +31,9 @@ def gradients(spec, num_tokens: int, dtype, frozen_dtype: str, products: str, ro
     """→ (mean loss, gradients by name, experts chosen), of random tokens in two documents; routes: experts to take instead."""
     model = GLM45Model(spec, Layout(), ModelOptions(dtype, frozen_dtype, products))
     lora.attach(model, LoraConfig(r=16, target_modules="all-linear"), seed=1)
+    device = runtime.device()
+    model.to(device)  # megatron leaves the router's weight on the host
     _fill(model)
-    device = next(model.parameters()).device
     tokens = torch.randint(0, spec.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(1)).to(device)
     half = num_tokens // 2
     row = tokens, torch.arange(num_tokens, device=device) % half, [0, half, num_tokens], tokens.roll(-1)[None]
