@@ -78,7 +78,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_with_a_sentence(run, tmp_
     ways = {
         "does not hold what was written": lambda: flip(last / random.choice(files)),
         "bytes, ": lambda: os.truncate(last / random.choice(files), 7),
-        "No such file": lambda: (last / random.choice(files)).unlink(),
+        "is not a file there": lambda: (last / random.choice(files)).unlink(),
         "has no complete.json": (last / "complete.json").unlink,
         "complete.json cannot be read": lambda: (last / "complete.json").write_text("{"),
     }

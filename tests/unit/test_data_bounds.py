@@ -86,7 +86,7 @@ def test_what_is_too_long_is_listed_with_its_line_and_reason(checkpoints, cli, t
     if policy == "truncate":
         assert "tools and system message alone" in fault["message"]
     code, out, _ = cli(*arguments)
-    assert f"{path}:2: left out" in " ".join(out.split())
+    assert f"{path}:2:leftout" in "".join(out.split())
 
 
 def test_many_faults_are_summed_by_kind(checkpoints, cli, tmp_path):

@@ -33,5 +33,7 @@ def _arm() -> None:
 
 
 # a rank, or the process that ranks are forks of; not the command and not torchrun
-if "FAULT" in os.environ and ("RANK" in os.environ or "glm45_tune.training.ranks" in sys.orig_argv):
+if "FAULT" in os.environ and (
+    "RANK" in os.environ or any("glm45_tune.training.ranks" in word for word in sys.orig_argv)
+):
     _arm()
