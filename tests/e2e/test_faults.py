@@ -80,7 +80,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_with_a_sentence(run, tmp_
         "bytes, ": lambda: os.truncate(last / random.choice(files), 7),
         "is not a file there": lambda: (last / random.choice(files)).unlink(),
         "has no complete.json": (last / "complete.json").unlink,
-        "complete.json cannot be read": lambda: (last / "complete.json").write_text("{"),
+        "complete.json: not JSON": lambda: (last / "complete.json").write_text("{"),
     }
     for words, damage in ways.items():
         damage()
