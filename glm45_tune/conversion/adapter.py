@@ -46,7 +46,7 @@ _NOT_PLAIN = (
     ("layer_replication", lambda value: False, "it belongs to a model with repeated layers"),
     (
         "init_lora_weights",
-        lambda value: value is True or not re.match(r"pissa|olora|corda|loftq|lora_ga", str(value)),
+        lambda value: value is True or not re.match(r"pissa|olora|corda|loftq|lora_ga", str(value).lower()),
         "it began by changing the base; in PEFT, save it with path_initial_model_for_weight_conversion",
     ),
 )
@@ -232,7 +232,8 @@ class Merged:
                 raise CheckpointError(f"{path}: {key} is {shown(value)}, which cannot be merged: {why}.")
         known = _NOT_OF_THE_MERGE | {key for key, _, _ in _NOT_PLAIN}
         for key in sorted(config.keys() - known):
-            if config[key]:  # null, false and empty are every setting's way to say that it is off
+            # null, false and empty are every setting's way to say that it is off; 0 is a number
+            if config[key] is not None and config[key] is not False and config[key] not in ("", [], {}):
                 raise CheckpointError(
                     f"{path}: {short(key)} is {shown(config[key])}, which is not known here, so what it does would be left out. "
                     "Merge this adapter by PEFT."
