@@ -122,10 +122,10 @@ def convert(
     to_mcore: Annotated[bool, typer.Option("--to-mcore", help="Hugging Face → megatron torch_dist.")] = False,
     to_hf: Annotated[bool, typer.Option("--to-hf", help="megatron torch_dist → Hugging Face.")] = False,
     dialect: Annotated[
-        Dialect, typer.Option(help="Of --to-mcore: HybridModel's names, or GPTModel's.")
+        Dialect, typer.Option(help="Names of the checkpoint: HybridModel's or GPTModel's (only with --to-mcore).")
     ] = Dialect.hybrid,
     adapter: Annotated[
-        Path | None, typer.Option(help="Of --to-hf: a PEFT adapter, or a run that made one, to merge in.")
+        Path | None, typer.Option(help="A PEFT adapter, or a run that made one, to merge in (only with --to-hf).")
     ] = None,
     fp8: Fp8Option = None,
     mtp: Annotated[
@@ -276,7 +276,9 @@ def plan(
         int | None, typer.Option(min=1, help="Length of documents, for attention's time; a whole row by default.")
     ] = None,
     sbatch: Annotated[bool, typer.Option("--sbatch", help="Print a Slurm script that trains this plan.")] = False,
-    minutes: Annotated[int | None, typer.Option(min=1, help="Of --sbatch: the job's time limit.")] = None,
+    minutes: Annotated[
+        int | None, typer.Option(min=1, help="Time limit of the Slurm job in minutes (only with --sbatch).")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Memory, layout and time of a run before a card is touched; exit 2 with what would fit when it does not."""
@@ -336,7 +338,7 @@ def push(
     directory: Annotated[Path, typer.Argument(help="An exported model, or an adapter.")],
     to: Annotated[str, typer.Option(help="hf:ORG/NAME (Hugging Face) or ms:ORG/NAME (ModelScope).")],
     revision: Annotated[str | None, typer.Option(help="Branch to push to; the hub's main one by default.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     public: Annotated[
         bool, typer.Option("--public", help="A new repository is for everybody; private by default.")
     ] = False,
@@ -407,7 +409,7 @@ def evaluate(
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thinking or against it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     step: Annotated[
-        int | None, typer.Option(help="Of a run: which checkpoint; the last complete one by default.")
+        int | None, typer.Option(help="Step of the run's checkpoint; the last complete one by default.")
     ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="Where layers go, as in transformers; auto where GPUs are.")
